@@ -1,0 +1,1 @@
+"""UniAlignment: one diffusion transformer that generates, understands, edits and perceives images."""
