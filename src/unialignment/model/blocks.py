@@ -1,0 +1,202 @@
+"""The dual-stream transformer block: separate weights for the image and the text stream, one attention over both.
+
+Parameter names are Stable Diffusion 3's (arXiv 2403.03206, diffusers' ``JointTransformerBlock``), so that its weights and
+those of the published UniAlignment checkpoint load unchanged. Knows nothing of timesteps, patches, heads or
+caches: it transforms *segments* (tokens of one stream with their modulation) and says what their keys and values are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Stream = Literal["image", "text"]
+
+
+class Modulation(nn.Module):
+    """Adaptive-norm parameters from the time embedding (adaLN-Zero, arXiv 2212.09748).
+
+    Args:
+        dim: Width.
+        chunks: How many ``[dim]`` vectors to produce.
+    """
+
+    def __init__(self, dim: int, chunks: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, chunks * dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """``[B, D]`` time embedding to ``[B, chunks * D]``."""
+        return self.linear(F.silu(embedding))
+
+
+@dataclass
+class Segment:
+    """Tokens of one stream that share a time embedding.
+
+    Attributes:
+        stream: Which weights transform them.
+        tokens: ``[B, N, D]``.
+        embedding: ``[B, D]`` (or ``[1, D]``: the same for all) time embedding, for block-wise modulation.
+        shared: ``[B, 6 * D]`` model-wide modulation, when the model has one; else ``None``.
+    """
+
+    stream: Stream
+    tokens: Tensor
+    embedding: Tensor
+    shared: Tensor | None = None
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x * (1 + scale) + shift``; x ``[B, N, D]``, shift and scale ``[B, 1, D]``."""
+    return torch.addcmul(x + shift, x, scale)
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, linear; named as diffusers names them (``net.0.proj``, ``net.2``)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(dim, hidden)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., D]``."""
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))  # type: ignore[operator, union-attr]
+
+
+class JointAttention(nn.Module):
+    """Query, key, value and output projections of both streams.
+
+    Args:
+        dim: Width of both streams.
+        heads: Attention heads.
+        head_dim: Channels a head.
+        qk_norm: ``"rms_norm"`` (SD 3.5) or ``None`` (SD 3).
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, qk_norm: str | None) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, inner) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+        self.to_add_out = nn.Linear(inner, dim)
+        norms = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+        for name in norms:
+            setattr(self, name, nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None)
+
+    def project(self, stream: Stream, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, N, D]`` to query, key and value, each ``[B, heads, N, head_dim]``."""
+        if stream == "image":
+            linears, query_norm, key_norm = (self.to_q, self.to_k, self.to_v), self.norm_q, self.norm_k
+        else:
+            linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+            query_norm, key_norm = self.norm_added_q, self.norm_added_k
+        query, key, value = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in linears)
+        if query_norm is not None:
+            # The norm returns float32 under autocast; attention wants one type for all three.
+            query, key = query_norm(query).to(value.dtype), key_norm(key).to(value.dtype)
+        return query, key, value
+
+    def output(self, stream: Stream, x: Tensor) -> Tensor:
+        """Attention result ``[B, heads, N, head_dim]`` to ``[B, N, D]``."""
+        x = x.transpose(1, 2).flatten(2)
+        return self.to_out[0](x) if stream == "image" else self.to_add_out(x)
+
+
+class JointBlock(nn.Module):
+    """One dual-stream block.
+
+    Args:
+        dim: Width.
+        heads: Attention heads.
+        head_dim: Channels a head.
+        mlp_ratio: Hidden width of the feed-forward as a multiple of ``dim``.
+        qk_norm: See :class:`JointAttention`.
+        modulation: ``"block"``: each block has its own linear map from the time embedding (SD 3, the published
+            checkpoint). ``"shared"``: one map for the model plus a learned offset a block (adaLN-single,
+            arXiv 2310.00426), which saves half of a small model's parameters.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, mlp_ratio: float, qk_norm: str | None, modulation: str
+    ) -> None:
+        super().__init__()
+        if modulation == "block":
+            self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
+        else:
+            self.scale_shift_table = nn.Parameter(torch.zeros(6 * dim))
+            self.scale_shift_table_context = nn.Parameter(torch.zeros(6 * dim))
+        self.attn = JointAttention(dim, heads, head_dim, qk_norm)
+        self.ff = FeedForward(dim, int(dim * mlp_ratio))
+        self.ff_context = FeedForward(dim, int(dim * mlp_ratio))
+        self.dim = dim
+
+    def _modulation(self, segment: Segment) -> list[Tensor]:
+        image = segment.stream == "image"
+        if segment.shared is not None:
+            values = segment.shared + (self.scale_shift_table if image else self.scale_shift_table_context)
+        else:
+            values = (self.norm1 if image else self.norm1_context)(segment.embedding)
+        return list(values.unsqueeze(1).chunk(6, dim=-1))
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.dim,), eps=1e-6)
+
+    def attention_inputs(self, segment: Segment) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+        """Query, key, value (each ``[B, heads, N, head_dim]``) of a segment, and its six modulation vectors."""
+        modulation = self._modulation(segment)
+        x = modulate(self._norm(segment.tokens), modulation[0], modulation[1])
+        return self.attn.project(segment.stream, x), modulation
+
+    def finish(self, segment: Segment, attended: Tensor, modulation: list[Tensor]) -> Segment:
+        """Adds the attention result ``[B, heads, N, head_dim]`` and the feed-forward to a segment."""
+        _, _, gate_attention, shift, scale, gate_mlp = modulation
+        x = torch.addcmul(segment.tokens, self.attn.output(segment.stream, attended), gate_attention)
+        feed_forward = self.ff if segment.stream == "image" else self.ff_context
+        x = torch.addcmul(x, feed_forward(modulate(self._norm(x), shift, scale)), gate_mlp)
+        return Segment(segment.stream, x, segment.embedding, segment.shared)
+
+    def forward(
+        self,
+        segments: list[Segment],
+        *,
+        cached: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        finish: bool = True,
+    ) -> tuple[list[Segment], tuple[Tensor, Tensor]]:
+        """Attends all segments to each other and to cached keys and values, then transforms them.
+
+        Args:
+            segments: Tokens that see each other.
+            cached: Keys and values ``[B, heads, Nc, head_dim]`` of clean conditions, seen but not transformed.
+            mask: Bool ``[B, 1, 1, Nc + N]``, ``True`` where a key may be seen (cached ones first).
+            finish: ``False`` when only the keys and values are wanted (the last block of a prefill).
+
+        Returns:
+            The transformed segments and the keys and values of *these* segments, in order.
+        """
+        inputs = [self.attention_inputs(segment) for segment in segments]
+        key, value = (torch.cat([qkv[i] for qkv, _ in inputs], dim=2) for i in (1, 2))
+        if not finish:
+            return segments, (key, value)
+        own = key, value
+        if cached is not None:
+            key, value = torch.cat([cached[0], key], dim=2), torch.cat([cached[1], value], dim=2)
+        query = torch.cat([qkv[0] for qkv, _ in inputs], dim=2)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        pieces = attended.split([segment.tokens.shape[1] for segment in segments], dim=2)
+        out = [
+            self.finish(segment, piece, modulation)
+            for segment, piece, (_, modulation) in zip(segments, pieces, inputs, strict=True)
+        ]
+        return out, own
