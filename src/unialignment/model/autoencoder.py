@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -141,7 +140,9 @@ class _NormalisedAutoencoder(ModelMixin, ConfigMixin):
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
         if bool((std < 1e-6).any()):
             dead = (std < 1e-6).nonzero().flatten().tolist()
-            raise InputError(f"latent channels {dead} are constant over the given pictures; train the autoencoder first")
+            raise InputError(
+                f"latent channels {dead} are constant over the given pictures; train the autoencoder first"
+            )
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
