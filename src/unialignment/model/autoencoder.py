@@ -267,9 +267,9 @@ class WorldAutoencoder(_NormalisedAutoencoder):
         mean, std = moments.mean((0, 2, 3)), moments.std((0, 2, 3)).clamp_min(1e-6)
         divergence = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
         if latent_noise > 0:
-            place = {"generator": generator, "device": generator.device if generator else latents.device}
-            noise = torch.randn(latents.shape, **place).to(latents)
-            level = latent_noise * torch.rand(len(latents), 1, 1, 1, **place).to(latents)
+            device = generator.device if generator else latents.device
+            noise = torch.randn(latents.shape, generator=generator, device=device).to(latents)
+            level = latent_noise * torch.rand((len(latents), 1, 1, 1), generator=generator, device=device).to(latents)
             # Detached: otherwise shrinking the spread would pay, and relative noise would stop being relative.
             latents = latents + level * std.detach().to(latents).view(1, -1, 1, 1) * noise
         error = self._decode(latents).float() - images.float()
