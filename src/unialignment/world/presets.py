@@ -29,10 +29,11 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 NANO_NAMES: tuple[str, ...] = tuple(
     (
-        "apple airplane ant banana bear bee bicycle book broccoli bus butterfly cactus camera candle car carrot cat cherries "
-        "chick cloud coffee corn cow crab crown dice dog door elephant fire fish football fox frog gift grapes guitar "
-        "hamburger house key ladybug lemon mushroom octopus owl panda penguin pig pizza pumpkin rainbow rocket rose "
-        "sailboat scissors shirt snake snowman star strawberry sun tree turtle umbrella"
+        "airplane apple avocado banana bear bee book broccoli bus butterfly cactus cake camera car carrot cat "
+        "cherries clock coffee corn cow crown dice dog duck elephant fish football fox frog gift globe grapes "
+        "guitar hamburger horse house ladybug lemon magnet mushroom octopus owl panda parrot penguin pig "
+        "pizza popcorn pumpkin rainbow rocket rose sailboat scissors shirt snake snowman strawberry tractor "
+        "tree turtle watermelon whale"
     ).split()
 )
 """The 64 classes of the nano preset: common nouns that differ in shape and colour at 24 px."""
