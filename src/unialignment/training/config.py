@@ -1,0 +1,295 @@
+"""Run configurations: YAML plus ``key=value`` overrides, validated before anything is built.
+
+Two kinds exist: ``kind: autoencoder`` and ``kind: transformer``. Every field has its type, default and meaning here,
+and here only. Unknown keys are refused with the nearest known name. Knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from unialignment.errors import ConfigError
+
+
+def _on_off(value: Any) -> Any:
+    """YAML reads a bare ``on`` as true; the configuration means the word."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+Compile = Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RunSection(Section):
+    """Where a run lives, how long it lasts, how it computes."""
+
+    name: str = Field("run", min_length=1, description="Name of the run, for titles.")
+    dir: Path | None = Field(None, description="Run folder. Default: runs/<name>.")
+    seed: int = Field(0, ge=0, description="Seed of weights, data and noise.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch. Default: all.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; measure it, on CPUs it may be slower.")
+    compile: Compile = Field("off", description="torch.compile: auto measures both at the start and keeps the faster.")
+    budget_seconds: float | None = Field(None, gt=0, description="Wall-clock length of the run, restarts included.")
+    max_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps.")
+    checkpoint_minutes: float = Field(5.0, gt=0, description="Minutes between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    max_skipped_steps: int = Field(50, ge=0, description="Steps skipped for a non-finite loss before the run stops.")
+
+    @model_validator(mode="after")
+    def _has_end(self) -> RunSection:
+        if self.budget_seconds is None and self.max_steps is None:
+            raise ValueError("give run.budget_seconds (seconds), run.max_steps, or both")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.dir if self.dir is not None else Path("runs") / self.name
+
+
+class WorldSection(Section):
+    """Which part of the scene world is seen."""
+
+    preset: str = Field("nano", description="World preset: nano, small or full.")
+    pack: Path | None = Field(None, description="Sprite pack. Default: the user's cache.")
+    split: Literal["train", "held_out"] = Field("train", description="Split to train on.")
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-3, gt=0, description="Base learning rate.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="AdamW betas.")
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="Not applied to norms, biases and embeddings.")
+    warmup_steps: int = Field(200, ge=0, description="Steps of linear warm-up.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape over the run's progress.")
+    final: Fraction = Field(0.02, description="Learning rate at the end, as a fraction of lr.")
+    clip: float | None = Field(1.0, gt=0, description="Largest gradient norm; null: no clipping.")
+
+
+class EmaSection(Section):
+    """Average of the weights."""
+
+    decay: float = Field(0.999, ge=0, lt=1, description="Final decay; 0: no averaging.")
+    warmup: bool = Field(True, description="Grow the decay with the number of updates.")
+
+
+class DataSection(Section):
+    """How samples reach the training step."""
+
+    workers: int = Field(1, ge=0, description="Background processes; 0: prepare samples in the training process.")
+    prefetch: int = Field(4, ge=1, description="Batches kept ready per worker.")
+
+
+class AutoencoderLossSection(Section):
+    """Arguments of ``WorldAutoencoder.training_loss``."""
+
+    latent_noise: float = Field(0.2, ge=0, description="Largest noise on the latents, in units of their spread.")
+    edge_weight: float = Field(0.5, ge=0, description="Weight of the difference of image gradients.")
+    square_weight: float = Field(1.0, ge=0, description="Weight of the squared error.")
+    moment_weight: float = Field(1e-3, ge=0, description="Pull of the latents towards mean 0 and variance 1.")
+
+
+class AutoencoderMixSection(Section):
+    """What pictures a batch consists of; relative weights."""
+
+    scenes: float = Field(0.65, ge=0)
+    maps: float = Field(0.25, ge=0, description="Depth, edge and segmentation maps.")
+    singles: float = Field(0.10, ge=0, description="One sprite, or a plain background.")
+
+
+class AutoencoderConfig(Section):
+    """A run that trains the image autoencoder."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    run: RunSection
+    world: WorldSection = Field(default_factory=WorldSection)
+    model: dict[str, Any] = Field(default_factory=dict, description="Arguments of WorldAutoencoder.")
+    batch_size: int = Field(32, ge=1, description="Pictures per step.")
+    channels_last: bool = Field(True, description="Memory layout; usually faster for convolutions.")
+    mix: AutoencoderMixSection = Field(default_factory=AutoencoderMixSection)
+    loss: AutoencoderLossSection = Field(default_factory=AutoencoderLossSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    ema: EmaSection = Field(default_factory=EmaSection)
+    data: DataSection = Field(default_factory=DataSection)
+    validation_pictures: int = Field(48, ge=1, description="Held-out pictures per kind.")
+    validation_minutes: float = Field(4.0, gt=0)
+    log_every: int = Field(20, ge=1, description="Steps between log lines.")
+    initial: Path | None = Field(None, description="Weights folder to start from.")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """``["optimizer.lr=5e-4"]`` to ``{"optimizer": {"lr": "5e-4"}}``; values are YAML.
+
+    Raises:
+        ConfigError: an override has no ``=`` or its value is not YAML.
+    """
+    result: dict[str, Any] = {}
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"Override {item!r} is not of the form key=value, for example optimizer.lr=5e-4.")
+        try:
+            value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError as error:
+            raise ConfigError(f"The value of override {item!r} is not valid YAML: {_one_line(error)}.") from None
+        *parents, last = key.strip().split(".")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"Override {item!r} contradicts an earlier override of {parent!r}.")
+        node[last] = value
+    return result
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it, section by section."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a dictionary.
+
+    Raises:
+        ConfigError: it is missing, not readable, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"No configuration file {path}.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error}.") from None
+    try:
+        data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}.") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold 'section: ...' entries, not {type(data).__name__}.")
+    return data
+
+
+def validate(model: type[Section], data: dict[str, Any], origin: str = "the configuration") -> Any:
+    """``data`` as an instance of ``model``.
+
+    Raises:
+        ConfigError: with one clause per problem, unknown keys with the nearest known name.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(model, problem) for problem in error.errors()]
+        raise ConfigError(f"In {origin}: " + "; ".join(problems) + ".") from None
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields, sections included."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        section = _section(info.annotation)
+        if section is not None:
+            yield from known_keys(section, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        candidates = list(typing.get_args(annotation))
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    location = ".".join(str(part) for part in problem["loc"]) or "the whole"
+    if problem["type"] == "extra_forbidden":
+        known = list(known_keys(model))
+        parent = location.rpartition(".")[0]
+        last = location.rpartition(".")[2]
+        siblings = [k for k in known if k.rpartition(".")[0] == parent]
+        by_name = {k.rpartition(".")[2]: k for k in reversed(known)}
+        near = (
+            difflib.get_close_matches(location, siblings, n=1, cutoff=0.7)
+            or [by_name[n] for n in difflib.get_close_matches(last, by_name, n=1, cutoff=0.75)]
+            or difflib.get_close_matches(location, known, n=1, cutoff=0.5)
+        )
+        where = f"section {parent!r}" if parent else "the top level"
+        hint = f"did you mean {near[0]!r}?" if near else "known here: " + ", ".join(k.rpartition(".")[2] for k in siblings)
+        return f"unknown key {location!r} ({hint} {where} has: {', '.join(k.rpartition('.')[2] for k in siblings)})" if (
+            near
+        ) else f"unknown key {location!r} ({hint})"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = "" if isinstance(given, dict) else f", not {given!r}"
+    return f"{location}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+KINDS: dict[str, type[Section]] = {"autoencoder": AutoencoderConfig}
+"""Configuration class by the value of ``kind``."""
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
+    """Read, override and validate a configuration.
+
+    Args:
+        path: YAML file.
+        overrides: ``key=value`` strings with dotted keys; values are YAML.
+
+    Returns:
+        An instance of the class that ``kind`` names in :data:`KINDS`.
+
+    Raises:
+        ConfigError: with what was given, what was expected and how to fix it.
+    """
+    path = Path(path)
+    data = merge(read_yaml(path), parse_overrides(overrides))
+    kind = data.get("kind", "transformer")
+    if kind not in KINDS:
+        raise ConfigError(f"In {path}: kind must be one of {', '.join(sorted(KINDS))}, not {kind!r}.")
+    return validate(KINDS[kind], data, str(path))
+
+
+def to_yaml(config: Section) -> str:
+    """The resolved configuration, all defaults included, as YAML that :func:`load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
