@@ -1,0 +1,234 @@
+"""The endless stream of samples of every task, each a pure function of seed, split, task and index.
+
+Puts together what the other modules of the world know; knows nothing of models, batching or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from unialignment.data.sample import Sample
+from unialignment.errors import InputError
+from unialignment.world import captions, compositions, edits, perception, questions
+from unialignment.world import language as lang
+from unialignment.world.layout import sample_scene
+from unialignment.world.presets import WorldPreset
+from unialignment.world.render import Renderer
+from unialignment.world.scene import Scene
+from unialignment.world.sprites import SpritePack
+
+SPLITS = ("train", "held_out")
+TASKS = ("generate", "caption", "answer", "edit", "perceive", "control", "compose", "infill")
+
+# Tasks of one group show the same scene at the same index. Numbers are part of the data's identity: never renumber.
+_GROUPS = {"generate": 0, "caption": 0, "infill": 0, "answer": 1, "edit": 2, "perceive": 3, "control": 4, "compose": 5}
+
+GAP = "[MASK]"
+"""One missing word in the prompt of ``infill``."""
+
+
+class WorldStream:
+    """Samples of the scene world.
+
+    Args:
+        pack: Artwork.
+        preset: Which part of the world.
+        split: ``"train"`` or ``"held_out"``.
+        seed: Everything follows from it; streams of different seeds are independent.
+        varied: Fraction of indices at which ``generate`` uses a freely worded prompt instead of the canonical caption.
+        long: Fraction of indices (among the varied ones) whose prompt is a long caption of 60 words and more.
+
+    Raises:
+        InputError: unknown split.
+    """
+
+    def __init__(
+        self,
+        pack: SpritePack,
+        preset: WorldPreset,
+        split: str,
+        seed: int,
+        *,
+        varied: float = 0.5,
+        long: float = 0.0,
+        renderer: Renderer | None = None,
+    ) -> None:
+        if split not in SPLITS:
+            raise InputError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+        self.pack = pack
+        self.preset = preset
+        self.split = split
+        self.seed = seed
+        self.varied = varied
+        self.long = long
+        self.renderer = renderer if renderer is not None else Renderer(pack, preset.resolution)
+        self._makers: dict[str, Callable[[np.random.Generator, int, bool], Sample]] = {
+            "generate": self._generate,
+            "caption": self._caption,
+            "infill": self._infill,
+            "answer": self._answer,
+            "edit": self._edit,
+            "perceive": self._perceive,
+            "control": self._control,
+            "compose": self._compose,
+        }
+
+    def sample(self, task: str, index: int) -> Sample:
+        """The sample of a task at an index, always the same.
+
+        ``meta`` holds :class:`Scene` objects and what judging needs: ``scene`` (what the picture shows or shall show), and
+        by task ``canonical`` (caption), ``question`` (:class:`questions.Question`), ``source`` and ``edit``,
+        ``indices`` (segmented objects), ``composition``.
+
+        Raises:
+            InputError: unknown task or negative index.
+        """
+        return self._make(task, index, True)
+
+    def texts(self, task: str, index: int) -> tuple[str, ...]:
+        """Prompt and target text of :meth:`sample`, without drawing anything."""
+        sample = self._make(task, index, False)
+        return tuple(text for text in (sample.prompt, sample.target_text) if text)
+
+    def _make(self, task: str, index: int, draw: bool) -> Sample:
+        if task not in _GROUPS:
+            raise InputError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+        if index < 0:
+            raise InputError(f"index={index}; expected 0 or more")
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), _GROUPS[task], index])
+        return self._makers[task](rng, index, draw)
+
+    def _scene(self, rng: np.random.Generator, **arguments: Any) -> Scene:
+        return sample_scene(rng, self.preset, self.split, **arguments)  # type: ignore[arg-type]
+
+    def _picture(self, rng: np.random.Generator) -> tuple[Scene, str, str]:
+        """Scene, prompt and wording kind shared by generate, caption and infill of one index."""
+        scene = self._scene(rng)
+        if rng.random() >= self.varied:
+            return scene, captions.canonical_caption(scene), "canonical"
+        if self.long and rng.random() < self.long:
+            return scene, captions.caption(scene, rng, "long"), "long"
+        return scene, captions.caption(scene, rng), "short"
+
+    def _generate(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
+        scene, text, kind = self._picture(rng)
+        image = self.renderer.render(scene) if draw else None
+        return Sample("generate", text, target_image=image, kind=kind, pair_id=index, meta={"scene": scene})
+
+    def _caption(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
+        scene = self._scene(rng)
+        sources = (self.renderer.render(scene),) if draw else ()
+        text = captions.canonical_caption(scene)
+        return Sample("caption", "", sources, target_text=text, kind="short", pair_id=index, meta={"scene": scene})
+
+    def _infill(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
+        scene, text, kind = self._picture(rng)
+        words = text.split(" ")
+        share = 0.15 + 0.5 * rng.random()
+        gaps = [i for i in range(len(words)) if rng.random() < share] or [int(rng.random() * len(words))]
+        given = list(words)
+        for i in gaps:
+            tail = words[i][len(words[i].rstrip(".,;:")) :]
+            given[i] = GAP + tail
+        meta = {"scene": scene, "gaps": tuple(gaps), "words": tuple(words)}
+        sources = (self.renderer.render(scene),) if draw else ()
+        return Sample("infill", " ".join(given), sources, target_text=text, kind=kind, pair_id=index, meta=meta)
+
+    def _answer(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
+        question = None
+        kind = lang.pick(rng, questions.KINDS)
+        while question is None:
+            if kind == "relation":
+                scene = self._scene(rng, count=2 + int(rng.random() * (self.preset.max_objects - 1)))
+            elif kind == "count" and self.preset.max_objects > 1 and rng.random() < 0.4:
+                scene = self._scene(rng, repeat=True)
+            else:
+                scene = self._scene(rng)
+            question = questions.ask(scene, rng, kind, names=self.preset.names)
+        sources = (self.renderer.render(scene),) if draw else ()
+        meta = {"scene": scene, "question": question}
+        return Sample("answer", question.question, sources, target_text=question.answer, kind=question.kind, meta=meta)
+
+    def _edit(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
+        draw_number = rng.random()
+        clauses = 1 if draw_number < 0.7 else 2 if draw_number < 0.9 else 3
+        edit = None
+        while edit is None:
+            kind = lang.pick(rng, edits.KINDS)
+            split = self.split
+            if split == "held_out" and kind in ("replace", "add", "restyle") and rng.random() < 0.5:
+                split = "train"  # the edit itself then brings the held-out combination in
+            scene = sample_scene(rng, self.preset, split)  # type: ignore[arg-type]
+            edit = edits.try_edit(scene, rng, self.preset, self.split, clauses, kind)
+        sources = (self.renderer.render(scene),) if draw else ()
+        image = self.renderer.render(edit.result) if draw else None
+        meta = {"scene": edit.result, "source": scene, "edit": edit}
+        name = edit.kinds[0] if clauses == 1 else f"{clauses} clauses"
+        return Sample("edit", edit.instruction, sources, target_image=image, kind=name, meta=meta)
+
+    def _perceive(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
+        scene = self._scene(rng)
+        found = perception.sample_perception(scene, rng, self.renderer if draw else _NoMaps())
+        sources = (self.renderer.render(scene),) if draw else ()
+        meta = {"scene": scene, "indices": found.indices}
+        return Sample("perceive", found.prompt, sources, target_image=found.map if draw else None, kind=found.kind, meta=meta)
+
+    def _control(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
+        scene = self._scene(rng)
+        found = perception.sample_perception(scene, rng, self.renderer if draw else _NoMaps())
+        text = captions.canonical_caption(scene) if rng.random() < 0.5 else captions.caption(scene, rng)
+        prompt = perception.control_prompt(found, text, rng)
+        image = self.renderer.render(scene) if draw else None
+        meta = {"scene": scene, "indices": found.indices}
+        return Sample("control", prompt, (found.map,) if draw else (), target_image=image, kind=found.kind, meta=meta)
+
+    def _compose(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
+        references = 2 if rng.random() < 0.6 else 3
+        made = compositions.sample_composition(rng, self.preset, self.split, references)
+        sources = tuple(self.renderer.render(scene) for scene in made.sources) if draw else ()
+        image = self.renderer.render(made.result) if draw else None
+        meta = {"scene": made.result, "sources": made.sources, "composition": made}
+        return Sample("compose", made.instruction, sources, target_image=image, kind=made.kind, meta=meta)
+
+
+class _NoMaps:
+    """Stands in for a renderer where only the texts are wanted."""
+
+    _blank = np.zeros((1, 1, 3), np.uint8)
+
+    def mask(self, scene: Scene, index: Any) -> Any:
+        return self._blank
+
+    def depth(self, scene: Scene) -> Any:
+        return self._blank
+
+    def edges(self, scene: Scene) -> Any:
+        return self._blank
+
+
+def all_language(preset: WorldPreset, n: int, seed: int) -> Iterator[str]:
+    """``n`` texts of all tasks in turn (prompts and target texts, train split), for training a tokenizer.
+
+    Every class name, style, size, background and number word occurs at least once, before anything else.
+    """
+    basics = [*preset.names, *map(lang.plural, preset.names), *map(lang.style_adjective, preset.styles)]
+    basics += [*preset.backgrounds, *lang.SIZE_ADJECTIVES.values(), *lang.NUMBER_WORDS[:7], "yes", "no"]
+    stream = WorldStream(None, preset, "train", seed, long=0.1, renderer=_NoMaps())  # type: ignore[arg-type]
+    given = 0
+    for text in basics:
+        if given >= n:
+            return
+        given += 1
+        yield text
+    index = 0
+    while True:
+        for task in TASKS:
+            for text in stream.texts(task, index):
+                if given >= n:
+                    return
+                given += 1
+                yield text.replace(GAP, "")
+        index += 1
