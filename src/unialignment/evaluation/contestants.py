@@ -1,0 +1,150 @@
+"""Who is judged: the model, and the references that tell what its numbers mean.
+
+Ceilings are what a perfect model would score (the ground truth, and the ground truth after the autoencoder); floors are what
+one scores without looking (the source copied, or the target of some other item). All have one interface. Knows nothing of
+how outputs are judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Protocol
+
+import numpy as np
+
+from unialignment.data.sample import Sample
+from unialignment.errors import InputError
+from unialignment.evaluation.judge import Output
+
+
+class Contestant(Protocol):
+    """Produces outputs for items of one task."""
+
+    def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
+        """One output per item; ``None`` where this contestant does not apply.
+
+        Args:
+            samples: Items, all of one task.
+            seed: Item ``i`` is sampled with seed ``seed + i``.
+        """
+        ...
+
+
+class ModelContestant:
+    """The model itself, through its pipeline.
+
+    Args:
+        pipe: A loaded ``UniAlignmentPipeline``.
+        batch_size: Items per call.
+        settings: Sampler settings by task (``{"generate": {"num_inference_steps": 20}}``); the task's defaults otherwise.
+    """
+
+    def __init__(self, pipe: Any, batch_size: int = 16, settings: dict[str, dict[str, Any]] | None = None) -> None:
+        self.pipe, self.batch_size, self.settings = pipe, batch_size, settings or {}
+
+    def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
+        """See :class:`Contestant`."""
+        results: list[Output | None] = []
+        # A map's kind is said once per call, so that batches are of one kind; compositions batch by number of references.
+        for _, group in groupby(enumerate(samples), key=lambda pair: (pair[1].kind, len(pair[1].sources))):
+            items = list(group)
+            for start in range(0, len(items), self.batch_size):
+                part = items[start : start + self.batch_size]
+                results += self._run([sample for _, sample in part], [seed + index for index, _ in part])
+        return results
+
+    def _run(self, samples: list[Sample], seeds: list[int]) -> list[Output]:
+        task, kind = samples[0].task, samples[0].kind
+        options = {"seed": seeds, "progress": False, **self.settings.get(task, {})}
+        prompts = [sample.prompt for sample in samples]
+        firsts = [sample.sources[0] for sample in samples if sample.sources]
+        if task == "generate":
+            return _pictures(self.pipe.generate(prompts, **options))
+        if task == "edit":
+            return _pictures(self.pipe.edit(prompts, firsts, **options))
+        if task == "perceive":
+            return _pictures(self.pipe.perceive(firsts, kind=kind, prompt=prompts, **options))
+        if task == "control":
+            return _pictures(self.pipe.control(prompts, firsts, **options))
+        if task == "compose":
+            return _pictures(self.pipe.compose(prompts, [list(sample.sources) for sample in samples], **options))
+        if task == "caption":
+            return list(self.pipe.caption(firsts, **options).texts)
+        if task == "answer":
+            return list(self.pipe.answer(firsts, prompts, **options).texts)
+        if task == "infill":
+            return list(self.pipe.infill(firsts, prompts, **options).texts)
+        raise InputError(f"the evaluation does not know task {task!r}")
+
+
+class Truth:
+    """The ground truth: what a perfect model would produce."""
+
+    def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
+        """See :class:`Contestant`."""
+        return [sample.target_image if sample.target_image is not None else sample.target_text for sample in samples]
+
+
+class Reconstruction:
+    """The true picture after the model's image autoencoder: the best that any decoder of those latents can show.
+
+    Args:
+        pipe: The pipeline, of which ``autoencoder`` is used.
+        batch_size: Pictures per call.
+    """
+
+    def __init__(self, pipe: Any, batch_size: int = 32) -> None:
+        self.pipe, self.batch_size = pipe, batch_size
+
+    def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
+        """See :class:`Contestant`."""
+        if not samples or samples[0].target_image is None:
+            return [None] * len(samples)
+        targets = [sample.target_image for sample in samples if sample.target_image is not None]
+        results: list[Output | None] = []
+        for start in range(0, len(targets), self.batch_size):
+            results += reconstruct(self.pipe, targets[start : start + self.batch_size])
+        return results
+
+
+class CopySource:
+    """Gives back the first source unchanged: the floor of "did anything happen at all"."""
+
+    def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
+        """See :class:`Contestant`."""
+        return [
+            sample.sources[0] if sample.target_image is not None and sample.sources else None for sample in samples
+        ]
+
+
+class RandomOther:
+    """The target of another item of the same task and kind: the floor of plausible output without looking."""
+
+    def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
+        """See :class:`Contestant`."""
+        rng = np.random.default_rng(seed)
+        results: list[Output | None] = []
+        for index, sample in enumerate(samples):
+            others = [i for i, other in enumerate(samples) if i != index and other.kind == sample.kind]
+            if not others:
+                results.append(None)
+                continue
+            chosen = samples[others[int(rng.integers(len(others)))]]
+            results.append(chosen.target_image if chosen.target_image is not None else chosen.target_text)
+        return results
+
+
+def reconstruct(pipe: Any, images: Sequence[np.ndarray]) -> list[Output]:
+    """Pictures ``[R, R, 3]`` uint8 after encoding and decoding by the pipeline's autoencoder."""
+    import torch
+
+    autoencoder = pipe.autoencoder
+    values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.inference_mode():
+        decoded = autoencoder.decode(autoencoder.encode(values))
+    return list(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+
+
+def _pictures(result: Any) -> list[Output]:
+    return [np.asarray(image.convert("RGB")) for image in result.images]

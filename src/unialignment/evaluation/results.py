@@ -1,0 +1,153 @@
+"""Results of an evaluation as plain data, and their JSON form.
+
+Knows nothing of how they were obtained. In the JSON every metric is a top-level number under its dotted key
+(``"caption.objects": 0.63``); intervals, counts, ceilings and floors stand beside it under the same keys.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unialignment.errors import InputError
+from unialignment.evaluation.metrics import Estimate, estimate
+
+BY_KIND = "vqa.by_kind"
+"""Key under which answers are broken down by kind of question."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a key means.
+
+    Attributes:
+        task: Task that it belongs to.
+        title: A few words for tables.
+        meaning: One sentence: when an item counts as right, or what is averaged.
+        unit: ``"share"`` (0-1, printed as per cent) or ``"dB"``.
+    """
+
+    task: str
+    title: str
+    meaning: str
+    unit: str = "share"
+
+
+METRICS: dict[str, Metric] = {
+    "caption.objects": Metric("caption", "all objects named", "every class in the picture is named"),
+    "caption.exact": Metric("caption", "... and no others", "the classes named are exactly those in the picture"),
+    "caption.background": Metric("caption", "background named", "the background's colour, and no other one, is named"),
+    "vqa.accuracy": Metric("answer", "answers right", "the answer is among the accepted ones"),
+    "infill.accuracy": Metric("infill", "gaps right", "share of gaps filled with the very word that was taken out"),
+    "generate.objects": Metric("generate", "all objects drawn", "the parser finds every prompted object"),
+    "generate.relations": Metric(
+        "generate", "relations right", "every relation that the prompt states holds (prompts that state one)"
+    ),
+    "generate.background": Metric("generate", "background right", "the parser finds the prompted background"),
+    "edit.success": Metric(
+        "edit", "edits right", "the parser finds exactly the right result: classes, styles, sizes, places, background"
+    ),
+    "edit.psnr_outside": Metric("edit", "PSNR outside", "likeness of what the edit had to leave alone", "dB"),
+    "segment.iou": Metric("perceive", "segmentation IoU", "intersection over union of the mask"),
+    "depth.delta1": Metric("perceive", "depth delta-1", "object pixels within a factor 1.25 of the true value"),
+    "edges.f": Metric("perceive", "edges F1", "F1 of edge pixels, matched within one pixel"),
+    "control.objects": Metric("control", "all objects drawn", "the parser finds every object of the prompt and map"),
+    "compose.subjects": Metric("compose", "all subjects present", "the parser finds the subject of every reference"),
+    "retrieval.r1": Metric("embed", "retrieval R@1", "the pair is nearest, image to text and text to image"),
+}
+"""Every scalar metric. Further keys (``semgen.*``) are allowed in results."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """One evaluation of one model.
+
+    Attributes:
+        model: Name or path of the model.
+        preset: World preset.
+        split: World split.
+        seed: Seed of scenes and samplers.
+        limit: Items per task.
+        metrics: Estimates by dotted key.
+        by_kind: Answer accuracy by kind of question.
+        ceilings: By reference name (``"truth"``, ``"reconstruction"``), then key: what a perfect model would score.
+        floors: By reference name (``"copy"``, ``"random"``), then key: what looking at nothing would score.
+        settings: Sampler settings and anything else needed to repeat it.
+        seconds: Time spent per task, in seconds.
+    """
+
+    model: str
+    preset: str
+    split: str
+    seed: int
+    limit: int
+    metrics: dict[str, Estimate]
+    by_kind: dict[str, Estimate] = field(default_factory=dict)
+    ceilings: dict[str, dict[str, float]] = field(default_factory=dict)
+    floors: dict[str, dict[str, float]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-serialisable form: every metric a number under its key, everything else beside."""
+        data: dict[str, Any] = {key: item.value for key, item in self.metrics.items()}
+        if self.by_kind:
+            data[BY_KIND] = {kind: item.value for kind, item in self.by_kind.items()}
+        data |= {
+            "intervals": {key: [item.low, item.high] for key, item in self.metrics.items()},
+            "counts": {key: item.count for key, item in self.metrics.items()},
+            "by_kind_detail": {kind: asdict(item) for kind, item in self.by_kind.items()},
+        }
+        rest = ("model", "preset", "split", "seed", "limit", "ceilings", "floors", "settings", "seconds")
+        return data | {name: getattr(self, name) for name in rest}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Results:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            InputError: a field is missing.
+        """
+        try:
+            metrics = {
+                key: Estimate(data[key], *data["intervals"][key], count)
+                for key, count in data["counts"].items()
+            }
+            rest = ("model", "preset", "split", "seed", "limit", "ceilings", "floors", "settings", "seconds")
+            by_kind = {kind: Estimate(**item) for kind, item in data["by_kind_detail"].items()}
+            return cls(metrics=metrics, by_kind=by_kind, **{name: data[name] for name in rest})
+        except KeyError as error:
+            raise InputError(f"not an evaluation's JSON: {error} is missing; write one with `unialign eval`") from error
+
+    def save(self, path: Path) -> None:
+        """Write the JSON form."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: the file is missing or is something else.
+        """
+        try:
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise InputError(f"no evaluation at {path}; write one with `unialign eval semgen-world --out {path}`") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def summarise(scores: Sequence[Mapping[str, float]], seed: int = 0) -> dict[str, Estimate]:
+    """Estimates by key from one mapping of scores per item; items to which a key does not apply lack it or hold nan."""
+    values: dict[str, list[float]] = {}
+    for item in scores:
+        for key, value in item.items():
+            if not math.isnan(value):
+                values.setdefault(key, []).append(value)
+    return {key: estimate(column, seed) for key, column in values.items()}
