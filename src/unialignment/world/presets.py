@@ -27,15 +27,14 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 """Mean RGB of each background, 0-255."""
 
-NANO_NAMES: tuple[str, ...] = tuple(
-    (
-        "airplane apple avocado banana bear bee book broccoli bus butterfly cactus cake camera car carrot cat "
-        "cherries clock coffee corn cow crown dice dog duck elephant fish football fox frog gift globe grapes "
-        "guitar hamburger horse house ladybug lemon magnet mushroom octopus owl panda parrot penguin pig "
-        "pizza popcorn pumpkin rainbow rocket rose sailboat scissors shirt snake snowman strawberry tractor "
-        "tree turtle watermelon whale"
-    ).split()
-)
+_NANO = """
+airplane apple avocado banana bear bee book broccoli bus butterfly cactus cake camera car carrot cat
+cherries clock coffee corn cow crown dice dog duck elephant fish football fox frog gift globe grapes
+guitar hamburger horse house ladybug lemon magnet mushroom octopus owl panda parrot penguin pig
+pizza popcorn pumpkin rainbow rocket rose sailboat scissors shirt snake snowman strawberry tractor
+tree turtle watermelon whale
+"""
+NANO_NAMES: tuple[str, ...] = tuple(_NANO.split())
 """The 64 classes of the nano preset: common nouns that differ in shape and colour at 24 px."""
 
 

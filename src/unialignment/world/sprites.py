@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from unialignment.errors import AssetError, InputError, StorageError
+from unialignment.world.classes import table_digest
 
 FORMAT = "unialignment-sprite-pack"
 FORMAT_VERSION = 1
@@ -138,7 +139,7 @@ class SpritePack:
             path: The file; the user's cache by default.
 
         Raises:
-            AssetError: the file is absent, damaged, or of another format version.
+            AssetError: the file is absent, damaged, of another format version, or made for another list of classes.
         """
         path = Path(path) if path is not None else default_pack_path()
         if not path.is_file():
@@ -148,9 +149,11 @@ class SpritePack:
                 manifest = json.loads(archive.read("manifest.json"))
                 sprites = archive.read("sprites.bin")
             found = (manifest["format"], manifest["format_version"])
-            expected_digest = manifest["sprites_sha256"]
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError, TypeError, OSError) as error:
+            expected_digest, classes_digest = manifest["sprites_sha256"], manifest["classes_sha256"]
+        except (zipfile.BadZipFile, KeyError, ValueError, EOFError, TypeError, NotImplementedError) as error:
             raise AssetError(f"sprite pack {path} is damaged ({error}): {BUILD_HINT}") from error
+        except OSError as error:
+            raise AssetError(f"can't read the sprite pack {path} ({error.strerror or error}): {BUILD_HINT}") from error
         if found != (FORMAT, FORMAT_VERSION):
             raise AssetError(
                 f"sprite pack {path} has format {found[0]!r} version {found[1]!r}, "
@@ -158,6 +161,8 @@ class SpritePack:
             )
         if hashlib.sha256(sprites).hexdigest() != expected_digest:
             raise AssetError(f"sprite pack {path} is damaged (checksum of the pictures differs): {BUILD_HINT}")
+        if classes_digest != table_digest():
+            raise AssetError(f"sprite pack {path} is stale (made for another list of classes): {BUILD_HINT}")
         return cls(manifest, sprites, path)
 
 
@@ -195,6 +200,7 @@ def write_pack(
         "names": names,
         "styles": styles,
         "artwork": {style: dict(artwork[style]) for style in styles},
+        "classes_sha256": table_digest(),
         "sprites_sha256": hashlib.sha256(blob).hexdigest(),
         **provenance,
         "index": index,
