@@ -189,6 +189,8 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         if attention_mode == "prefix":
             self.reference_embed = nn.Embedding(max_references, dim)
             nn.init.normal_(self.reference_embed.weight, std=0.02)
+            # Text targets are at time zero like conditions are; this tells a question's words from an answer's.
+            self.condition_text_embed = nn.Parameter(torch.zeros(dim))
         if modulation == "shared":
             self.shared_modulation, self.shared_modulation_context = Modulation(dim, 6), Modulation(dim, 6)
         self.transformer_blocks = nn.ModuleList(
@@ -308,7 +310,8 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
             tokens = self.pos_embed(image) + self.reference_embed.weight[index]
             segments.append(self._segment("image", tokens, zero))
         if text_embeds is not None and text_embeds.shape[1]:
-            segments.append(self._segment("text", self.context_embedder(text_embeds), zero))
+            tokens = self.context_embedder(text_embeds) + self.condition_text_embed
+            segments.append(self._segment("text", tokens, zero))
         else:
             text_mask = None
         if not segments:

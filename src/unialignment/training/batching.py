@@ -1,0 +1,182 @@
+"""From samples to the tensors of one forward pass. Knows tasks and tokenizers, not models or losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unialignment.data.sample import Image, Sample
+from unialignment.errors import InputError
+from unialignment.tasks import TASKS
+
+T = TypeVar("T")
+PROMPT_BUCKET = 8
+"""Condition texts are padded to a multiple of this many tokens, to bound the number of distinct shapes."""
+
+
+class Tokenizer(Protocol):
+    """What batching needs of a tokenizer."""
+
+    pad_token_id: int
+
+    def encode(self, texts: list[str], length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Token ids ``[B, L]`` and a bool mask of real tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one signature (same target kind, same number of sources), as tensors.
+
+    Attributes:
+        target: ``"image"`` or ``"text"``.
+        tasks: Task of each sample.
+        kinds: Finer label of each sample.
+        prompt_ids: ``[B, L]`` condition text, each ended by one visible end token.
+        prompt_mask: Bool ``[B, L]``.
+        sources: Each ``[B, 3, H, W]`` in −1…1.
+        target_images: ``[B, 3, H, W]`` in −1…1, for image targets.
+        target_ids: ``[B, L]``, for text targets; ends are padded with the end token, which is learned too.
+        maskable: Bool ``[B, L]``, target positions that diffusion may mask.
+        pair_ids: ``[B]``, −1 where unpaired, see :class:`~unialignment.data.sample.Sample`.
+        weights: ``[B]`` weight of each sample's loss.
+        image_teacher: ``[B, D]`` teacher embeddings of the target pictures, or ``None``.
+        text_teacher: ``[B, D]`` teacher embeddings of the captions, or ``None``.
+    """
+
+    target: str
+    tasks: tuple[str, ...]
+    kinds: tuple[str, ...]
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    sources: tuple[Tensor, ...]
+    target_images: Tensor | None
+    target_ids: Tensor | None
+    maskable: Tensor | None
+    pair_ids: Tensor
+    weights: Tensor
+    image_teacher: Tensor | None = None
+    text_teacher: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+def images_to_tensor(images: Sequence[Image]) -> Tensor:
+    """uint8 pictures ``[H, W, 3]`` of one size to floats ``[B, 3, H, W]`` in −1…1.
+
+    Raises:
+        InputError: the pictures differ in size.
+    """
+    shapes = {image.shape for image in images}
+    if len(shapes) != 1:
+        raise InputError(f"pictures of one batch must have one size, got {sorted(shapes)}: resize or bucket them.")
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return stacked.float().mul_(2 / 255).sub_(1)
+
+
+def encode_conditions(tokenizer: Tokenizer, texts: Sequence[str], bucket: int = 1) -> tuple[Tensor, Tensor]:
+    """Condition texts to ids and mask, each text followed by one visible end token.
+
+    The end token gives an empty prompt a token to be seen by, and marks where a prompt is complete.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: Condition texts.
+        bucket: Pad the length to a multiple of this.
+
+    Returns:
+        ids ``[B, L]`` and bool mask ``[B, L]``.
+    """
+    if any(texts):
+        ids, mask = tokenizer.encode(list(texts))
+    else:
+        ids, mask = torch.zeros(len(texts), 0, dtype=torch.long), torch.zeros(len(texts), 0, dtype=torch.bool)
+    length = -(-(ids.shape[1] + 1) // bucket) * bucket
+    padded = torch.full((len(texts), length), tokenizer.pad_token_id, dtype=torch.long)
+    padded[:, : ids.shape[1]] = torch.where(mask, ids, tokenizer.pad_token_id)
+    visible = torch.arange(length).unsqueeze(0) <= mask.sum(1, keepdim=True)
+    return padded, visible
+
+
+def collate(
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    *,
+    prompt_dropout: float = 0.0,
+    rng: np.random.Generator | None = None,
+    task_weights: dict[str, float] | None = None,
+    teacher: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> list[Batch]:
+    """Groups samples by signature and makes each group a batch.
+
+    Args:
+        samples: Any mixture of tasks.
+        tokenizer: The text tokenizer.
+        prompt_dropout: Probability of replacing the prompt of an image target by the empty one, which trains the
+            unconditional branch of classifier-free guidance. Not for text targets: a question can't be dropped.
+        rng: Source of that randomness; needed when ``prompt_dropout`` is positive.
+        task_weights: Loss weight by task; 1 where absent.
+        teacher: ``pair_id -> (image embedding, text embedding)``; used where all samples of a batch have one.
+
+    Raises:
+        InputError: a text is longer than its task's canvas, or pictures of one batch differ in size.
+    """
+    groups: dict[tuple[str, int, int], list[Sample]] = {}
+    for sample in samples:
+        task = TASKS.get(sample.task)
+        groups.setdefault((task.target, len(sample.sources), task.target_length), []).append(sample)
+    batches = []
+    for (target, source_count, length), group in sorted(groups.items()):
+        prompts = [sample.prompt for sample in group]
+        paired = [sample.pair_id is not None for sample in group]
+        if target == "image" and prompt_dropout > 0:
+            if rng is None:
+                raise InputError("prompt_dropout needs a random generator: pass rng.")
+            drop = rng.random(len(group)) < prompt_dropout
+            prompts = ["" if d else p for d, p in zip(drop, prompts, strict=True)]
+            # A dropped prompt says nothing of the picture, so it is no partner for the contrastive loss.
+            paired = [p and not d for p, d in zip(paired, drop, strict=True)]
+        ids, mask = encode_conditions(tokenizer, prompts, PROMPT_BUCKET)
+        target_images = target_ids = maskable = None
+        if target == "image":
+            target_images = images_to_tensor([_need(s.target_image, s, "target_image") for s in group])
+        else:
+            texts = [_need(sample.target_text, sample, "target_text") for sample in group]
+            target_ids, _ = tokenizer.encode(texts, length=length)
+            maskable = torch.ones_like(target_ids, dtype=torch.bool)
+        image_teacher = text_teacher = None
+        if teacher is not None and all(s.pair_id in teacher for s in group):
+            image_teacher = torch.stack([teacher[s.pair_id][0] for s in group if s.pair_id is not None])
+            text_teacher = torch.stack([teacher[s.pair_id][1] for s in group if s.pair_id is not None])
+        batches.append(
+            Batch(
+                target=target,
+                tasks=tuple(sample.task for sample in group),
+                kinds=tuple(sample.kind for sample in group),
+                prompt_ids=ids,
+                prompt_mask=mask,
+                sources=tuple(images_to_tensor([s.sources[i] for s in group]) for i in range(source_count)),
+                target_images=target_images,
+                target_ids=target_ids,
+                maskable=maskable,
+                pair_ids=torch.tensor(
+                    [s.pair_id if p and s.pair_id is not None else -1 for s, p in zip(group, paired, strict=True)]
+                ),
+                weights=torch.tensor([(task_weights or {}).get(sample.task, 1.0) for sample in group]),
+                image_teacher=image_teacher,
+                text_teacher=text_teacher,
+            )
+        )
+    return batches
+
+
+def _need(value: T | None, sample: Sample, name: str) -> T:
+    if value is None:
+        raise InputError(f"a {sample.task} sample lacks its {name}.")
+    return value
