@@ -206,9 +206,12 @@ class TextTokenizer:
             return list(self._backend.encode(text).ids)
         ids: list[int] = []
         for index, part in enumerate(text.split(MASK)):
+            tokens = list(self._backend.encode(part.strip(), add_special_tokens=False).ids) if part.strip() else []
             if index:
                 ids.append(self.mask_token_id)
-            ids.extend(self._backend.encode(part, add_special_tokens=False).ids if part.strip() else ())
+                if tokens and not part[0].isspace() and self._backend.id_to_token(tokens[0]) == _SPACE:
+                    tokens = tokens[1:]  # "[MASK]." is a gap and a full stop, as a masked "dog." would be
+            ids.extend(tokens)
         return ids + ([] if self.eos_token_id is None else [self.eos_token_id])
 
     def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
