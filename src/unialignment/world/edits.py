@@ -1,4 +1,4 @@
-"""Editing instructions with their exact result: replace, remove, add, move, resize, restyle, background, and several at once.
+"""Editing instructions with exact results: replace, remove, add, move, resize, restyle, background, several at once.
 
 Conventions that make a result exact (positions are snapped down to the preset's lattice):
 
@@ -6,11 +6,11 @@ Conventions that make a result exact (positions are snapped down to the preset's
   is named; a moved, restyled or resized object keeps everything else.
 * A *place* ("in the top left corner", "at the bottom", "in the center") is flush with the sides it names and centred
   along the others. An *edge* ("to the left edge") moves only across: the other coordinate is kept.
-* "to the left of X" (right of, above, below) touches X's box, with the centres level, pushed into the canvas if needed.
+* "to the left of X" (right of, above, below) touches X's box, centres level, pushed into the canvas if needed.
 * A new object is the frontmost; without a size adjective it is medium, and its style is always said ("another dog"
   copies the dog there is).
 * A resized object keeps its centre, pushed into the canvas if needed.
-* Several clauses act on different objects, and objects named as landmarks are left alone, so their order doesn't matter.
+* Several clauses act on different objects, and objects named as landmarks are left alone: their order doesn't matter.
 
 Knows nothing of pixels and of models.
 """
@@ -24,7 +24,8 @@ import numpy as np
 
 from unialignment.errors import InputError
 from unialignment.world import language as lang
-from unialignment.world.scene import CANVAS_UNITS, Scene, SceneObject
+from unialignment.world import placement
+from unialignment.world.scene import Scene, SceneObject
 from unialignment.world.splits import is_held_out
 
 MIN_MOVE = 8
@@ -33,8 +34,42 @@ MIN_MOVE = 8
 RESIZE_OVERLAP = 0.3
 """Most overlap (fraction of the smaller box) that growing an object may cause."""
 
+MAX_CLAUSES = 3
+
 _ATTEMPTS = 60
 
+_REPLACE = (
+    "replace {old} with {new}",
+    "turn {old} into {new}",
+    "swap {old} for {new}",
+    "change {old} to {new}",
+    "put {new} where {old} {be}",
+    "instead of {old}, show {new}",
+)
+_REMOVE = ("remove {}", "delete {}", "take away {}", "erase {}", "get rid of {}")
+_ADD = ("add {} {}", "put {} {}", "place {} {}", "insert {} {}", "draw {} {}")
+_MOVE = ("move {} {}", "shift {} {}", "place {} {}", "put {} {}")
+_SWAP = ("swap the positions of {} and {}", "let {} and {} trade places", "make {} and {} change places")
+_RESIZE = ("make {0} {1}", "resize {0} to {1}", "change the size of {0} to {1}")
+_GROW = ("make {} bigger", "make {} larger", "enlarge {}")
+_SHRINK = ("make {} smaller", "shrink {}", "reduce the size of {}")
+_RESTYLE = (
+    "draw {0} in the {1} style",
+    "make {0} {1}",
+    "give {0} the {1} style",
+    "change the style of {0} to {1}",
+    "redraw {0} in the {1} style",
+)
+_RESTYLE_ALL = ("redraw everything in the {} style", "make all objects {}", "draw all objects in the {} style")
+_BACKGROUND = (
+    "make the background {0}",
+    "change the background to {0}",
+    "recolor the background {0}",
+    "put everything on {1} background",
+    "use {1} background",
+    "turn the background {0}",
+    "set the background color to {0}",
+)
 _INTO_PLACE: dict[lang.Place, tuple[str, ...]] = {
     (0, 0): ("to the top left corner", "to the top left", "into the upper left corner"),
     (0, 1): ("to the top center", "to the middle of the top edge"),
@@ -46,9 +81,42 @@ _INTO_PLACE: dict[lang.Place, tuple[str, ...]] = {
     (2, 1): ("to the bottom center", "to the middle of the bottom edge"),
     (2, 2): ("to the bottom right corner", "to the bottom right", "into the lower right corner"),
 }
-_EDGES = {"left": "to the left edge", "right": "to the right edge", "above": "to the top edge", "below": "to the bottom edge"}
-_BESIDE = {"left": ("to the left of",), "right": ("to the right of",), "above": ("above", "right above"),
-           "below": ("below", "right below")}  # fmt: skip
+_EDGES = {
+    "left": "to the left edge",
+    "right": "to the right edge",
+    "above": "to the top edge",
+    "below": "to the bottom edge",
+}
+_BESIDE = {
+    "left": ("to the left of", "directly left of"),
+    "right": ("to the right of", "directly right of"),
+    "above": ("above", "directly above"),
+    "below": ("below", "directly below"),
+}
+_JOINERS = {
+    1: ("{0}",),
+    2: ("{0} and {1}", "{0}, and {1}", "{0}, then {1}", "{0}. also, {1}", "{0} and also {1}"),
+    3: ("{0}, {1} and {2}", "{0}, then {1} and {2}", "{0}, {1}, and {2}", "{0}. also, {1}, and {2}"),
+}
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One part of an instruction and exactly what it does.
+
+    Attributes:
+        kind: One of :data:`KINDS`.
+        text: How it reads.
+        sources: Objects of the source (indices) that it changes or removes.
+        targets: What those become, or what is new, as it must be in the result; empty for ``remove``.
+        background: The new background, for ``kind="background"``.
+    """
+
+    kind: str
+    text: str
+    sources: tuple[int, ...] = ()
+    targets: tuple[SceneObject, ...] = ()
+    background: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,68 +127,17 @@ class Edit:
         instruction: The whole instruction.
         result: The exact result.
         kinds: Kind of each clause, in order; each one of :data:`KINDS`.
-        clauses: The clauses one by one, as they read before being joined.
+        clauses: The clauses one by one, each acting on other objects than the rest.
     """
 
     instruction: str
     result: Scene
     kinds: tuple[str, ...]
-    clauses: tuple[str, ...] = ()
-
-
-# --- geometry -------------------------------------------------------------------------------------------------------
-
-
-def snapped(value: float, size: int, lattice: int) -> int:
-    """The largest lattice coordinate not above ``value``, pushed into the canvas for an object of this size."""
-    top = (CANVAS_UNITS - size) // lattice * lattice
-    return int(min(max(value // lattice * lattice, 0), top))
-
-
-def at_place(place: lang.Place, size: int, lattice: int) -> tuple[int, int]:
-    """``(x, y)`` of an object put at a place: flush with the sides that the place names, centred along the others."""
-    coordinates = [snapped((CANVAS_UNITS - size) * third / 2, size, lattice) for third in place]
-    return coordinates[1], coordinates[0]
-
-
-def at_edge(item: SceneObject, direction: str, lattice: int) -> tuple[int, int]:
-    """``(x, y)`` of an object pushed to an edge; the other coordinate is kept."""
-    end = snapped(CANVAS_UNITS, item.size, lattice)
-    return {"left": (0, item.y), "right": (end, item.y), "above": (item.x, 0), "below": (item.x, end)}[direction]
-
-
-def beside(anchor: SceneObject, direction: str, size: int, lattice: int) -> tuple[int, int] | None:
-    """``(x, y)`` of an object touching ``anchor`` on one side, centres level; ``None`` when there is no room."""
-    level = (anchor.size - size) / 2
-    x, y = anchor.x + level, anchor.y + level
-    if direction == "left":
-        x = anchor.x - size
-    elif direction == "right":
-        x = anchor.x + anchor.size
-    elif direction == "above":
-        y = anchor.y - size
-    else:
-        y = anchor.y + anchor.size
-    along, across = (x, y) if direction in ("left", "right") else (y, x)
-    if not 0 <= along <= CANVAS_UNITS - size or along % lattice:
-        return None
-    across = snapped(across, size, lattice)
-    return (int(along), across) if direction in ("left", "right") else (across, int(along))
-
-
-def resized(item: SceneObject, size: int, lattice: int) -> SceneObject:
-    """The object at another size, around the same centre."""
-    shift = (item.size - size) / 2
-    return replace(
-        item, size=size, x=snapped(item.x + shift, size, lattice), y=snapped(item.y + shift, size, lattice)
-    )
-
-
-# --- clauses --------------------------------------------------------------------------------------------------------
+    clauses: tuple[Clause, ...] = ()
 
 
 class _Draft:
-    """A scene on its way from source to result, and what the clauses so far have touched."""
+    """A scene on its way from source to result, and which objects the clauses so far have spoken of."""
 
     def __init__(self, source: Scene, preset: lang.PresetLike) -> None:
         self.source = source
@@ -130,29 +147,25 @@ class _Draft:
         self.added: list[SceneObject] = []
         self.touched: set[int] = set()
         self.pinned: set[int] = set()
-        self.new_names: set[str] = set()
+        self.taken = {item.name for item in source.objects}
+        self.equals = [
+            [i for i, other in enumerate(source.objects) if other.name == item.name] for item in source.objects
+        ]
 
     def result(self) -> Scene:
         return Scene(self.background, tuple(item for item in [*self.items, *self.added] if item is not None))
 
     def count(self) -> int:
-        return sum(item is not None for item in self.items) + len(self.added)
+        return len(self.items) - self.items.count(None) + len(self.added)
 
-    def others(self, *indices: int) -> list[SceneObject]:
-        kept = [item for i, item in enumerate(self.items) if item is not None and i not in indices]
-        return kept + self.added
-
-    def free(self, item: SceneObject, *indices: int, limit: float = 0.0) -> bool:
-        """Whether an object overlaps nothing (but the objects ``indices`` that it replaces) by more than ``limit``."""
-        return all(item.overlap(other) <= limit for other in self.others(*indices))
-
-    def equals(self, index: int) -> list[int]:
-        name = self.source.objects[index].name
-        return [i for i, item in enumerate(self.source.objects) if item.name == name]
+    def free(self, item: SceneObject, but: int | None = None, limit: float = 0.0) -> bool:
+        """Whether an object overlaps nothing, apart from object ``but``, by more than ``limit``."""
+        others = [other for i, other in enumerate(self.items) if other is not None and i != but]
+        return all(item.overlap(other) <= limit for other in others + self.added)
 
     def available(self, index: int) -> bool:
-        """Whether a clause may act on an object: nothing else was said of it or of another of its class."""
-        return not any(i in self.touched or i in self.pinned for i in self.equals(index))
+        """Whether a clause may act on an object: nothing was said yet of it or of another of its class."""
+        return not any(i in self.touched or i in self.pinned for i in self.equals[index])
 
     def choose(self, rng: np.random.Generator) -> tuple[int, str] | None:
         """An object to act on, with an unambiguous reference to it."""
@@ -163,31 +176,31 @@ class _Draft:
         reference = lang.refer(self.source, index, rng)
         return None if reference is None else (index, reference)
 
-    def anchors(self, *excluded: int) -> list[int]:
-        """Objects that can serve as landmarks."""
+    def landmarks(self, index: int | None) -> list[int]:
+        """Objects that the placing of object ``index`` (``None``: of a new one) can refer to."""
         return [
             i
             for i in range(len(self.items))
-            if i not in excluded
-            and (self.available(i) or (i in self.pinned and not any(j in self.touched for j in self.equals(i))))
-            and not any(j in excluded for j in self.equals(i))
+            if (index is None or index not in self.equals[i])
+            and not any(j in self.touched for j in self.equals[i])
             and lang.references(self.source, i)
         ]
 
     def fresh_name(self, rng: np.random.Generator) -> str | None:
-        taken = {item.name for item in self.source.objects} | self.new_names
+        """A class that neither the source nor another clause has."""
         for _ in range(8):
             name = lang.pick(rng, self.preset.names)
-            if name not in taken:
+            if name not in self.taken:
                 return name
         return None
 
 
-_Clause = Callable[[_Draft, np.random.Generator], "str | None"]
-"""Applies itself to the draft and returns its text; ``None`` (and an unchanged draft) when it doesn't fit."""
+# --- clauses: each applies itself to the draft, or returns None and leaves the draft alone ---------------------------
+
+_Maker = Callable[[_Draft, np.random.Generator], "Clause | None"]
 
 
-def _replace(draft: _Draft, rng: np.random.Generator) -> str | None:
+def _replace(draft: _Draft, rng: np.random.Generator) -> Clause | None:
     chosen, name = draft.choose(rng), draft.fresh_name(rng)
     if chosen is None or name is None:
         return None
@@ -197,139 +210,124 @@ def _replace(draft: _Draft, rng: np.random.Generator) -> str | None:
     if rng.random() < 0.35:
         style = lang.pick(rng, draft.preset.styles)
         adjective = lang.style_adjective(style)
-    draft.items[index] = replace(item, name=name, style=style)
+    new = replace(item, name=name, style=style)
+    draft.items[index] = new
     draft.touched.add(index)
-    draft.new_names.add(name)
-    noun = lang.indefinite(name, adjective)
-    return lang.pick(rng, (f"replace {reference} with {noun}", f"turn {reference} into {noun}", f"swap {reference} for {noun}",
-                           f"change {reference} to {noun}", f"put {noun} where {reference} {lang.be(item.name)}",
-                           f"instead of {reference}, show {noun}"))  # fmt: skip
+    draft.taken.add(name)
+    text = lang.pick(rng, _REPLACE).format(old=reference, new=lang.indefinite(name, adjective), be=lang.be(item.name))
+    return Clause("replace", text, (index,), (new,))
 
 
-def _remove(draft: _Draft, rng: np.random.Generator) -> str | None:
-    chosen = draft.choose(rng)
-    if chosen is None:
-        index = int(rng.random() * len(draft.items))
-        if not draft.available(index):
-            return None
-        gone, reference = draft.equals(index), ""
-    else:
-        index, reference = chosen
-        gone = [index]
-    equals = draft.equals(index)
-    if len(equals) > 1 and (not reference or rng.random() < 0.4):
-        name = draft.source.objects[index].name
-        gone, reference = equals, f"all the {lang.plural(name)}"
-        if len(equals) == 2 and lang.plural(name) != name:
-            reference = lang.pick(rng, (f"both {lang.plural(name)}", f"the two {lang.plural(name)}"))
-    if not reference or draft.count() <= len(gone):
+def _remove(draft: _Draft, rng: np.random.Generator) -> Clause | None:
+    index = int(rng.random() * len(draft.items))
+    if not draft.available(index):
+        return None
+    reference, gone = lang.refer(draft.source, index, rng), [index]
+    equals = draft.equals[index]
+    if len(equals) > 1 and (reference is None or rng.random() < 0.4):
+        reference, gone = lang.all_of(draft.source.objects[index].name, len(equals), rng), equals
+    if reference is None or draft.count() <= len(gone):
         return None
     for i in gone:
         draft.items[i] = None
     draft.touched.update(gone)
-    return lang.pick(rng, ("remove {}", "delete {}", "take away {}", "erase {}", "get rid of {}")).format(reference)
+    return Clause("remove", lang.pick(rng, _REMOVE).format(reference), tuple(gone))
 
 
-def _spots(
+def _spot(
     draft: _Draft, item: SceneObject, rng: np.random.Generator, index: int | None = None
-) -> tuple[SceneObject, str, int | None] | None:
-    """A free spot for a new object (``index=None``) or for a moved one: the object there, the words, the landmark."""
+) -> tuple[SceneObject, str] | None:
+    """A free spot for a new object (``index=None``) or for a moved one: the object there, and the words for it."""
     lattice = draft.preset.lattice
-    skip = () if index is None else (index,)
-    anchors = draft.anchors(*skip)
+    landmarks = draft.landmarks(index)
     for _ in range(6):
-        anchor: int | None = None
+        landmark: int | None = None
         draw = rng.random()
-        if anchors and draw < 0.45:
-            anchor = lang.pick(rng, anchors)
+        if landmarks and draw < 0.45:
+            landmark = lang.pick(rng, landmarks)
             direction = lang.pick(rng, lang.DIRECTIONS)
-            spot = beside(draft.source.objects[anchor], direction, item.size, lattice)
-            if spot is None:
-                continue
-            words = f"{lang.pick(rng, _BESIDE[direction])} {lang.refer(draft.source, anchor, rng)}"
+            spot = placement.beside(draft.source.objects[landmark], direction, item.size, lattice)
+            words = f"{lang.pick(rng, _BESIDE[direction])} {lang.refer(draft.source, landmark, rng)}"
         elif index is not None and draw < 0.65:
             direction = lang.pick(rng, lang.DIRECTIONS)
-            spot, words = at_edge(item, direction, lattice), _EDGES[direction]
+            spot, words = placement.at_edge(item, direction, lattice), _EDGES[direction]
         else:
-            place = lang.pick(rng, tuple(lang.PLACE_NAMES))
-            spot = at_place(place, item.size, lattice)
+            place = lang.pick(rng, lang.PLACES)
+            spot = placement.at_place(place, item.size, lattice)
             words = lang.pick(rng, (lang.PLACE_PHRASES if index is None else _INTO_PLACE)[place])
+        if spot is None:
+            continue
         candidate = replace(item, x=spot[0], y=spot[1])
         if index is not None and max(abs(candidate.x - item.x), abs(candidate.y - item.y)) < MIN_MOVE:
             continue
-        if draft.free(candidate, *skip):
-            return candidate, words, anchor
+        if draft.free(candidate, index):
+            if landmark is not None:
+                draft.pinned.add(landmark)
+            return candidate, words
     return None
 
 
-def _add(draft: _Draft, rng: np.random.Generator) -> str | None:
+def _add(draft: _Draft, rng: np.random.Generator) -> Clause | None:
     if draft.count() >= draft.preset.max_objects:
         return None
-    copies = [i for i in range(len(draft.items)) if len(draft.equals(i)) == 1 and draft.available(i)]
+    copies = [i for i in range(len(draft.items)) if len(draft.equals[i]) == 1 and draft.available(i)]
     another: int | None = None
     if copies and rng.random() < 0.15:
         another = lang.pick(rng, copies)
-        model = draft.source.objects[another]
-        item = replace(model, x=0, y=0)
-        noun = f"another {item.name}"
-        if lang.is_plural(item.name) or lang.is_mass(item.name):
-            noun = f"more {item.name}"
+        item = draft.source.objects[another]
+        noun = f"{'more' if lang.is_plural(item.name) or lang.is_mass(item.name) else 'another'} {item.name}"
+        draft.touched.add(another)  # "the dog" would be ambiguous from here on
     else:
         name = draft.fresh_name(rng)
         if name is None:
             return None
         item = SceneObject(name, lang.pick(rng, draft.preset.styles), lang.pick(rng, draft.preset.sizes), 0, 0)
         noun = lang.indefinite(name, lang.adjectives(item))
-    found = _spots(draft, item, rng)
+    found = _spot(draft, item, rng)
     if found is None:
+        draft.touched.discard(-1 if another is None else another)
         return None
-    placed, words, anchor = found
+    placed, words = found
     draft.added.append(placed)
-    draft.new_names.add(placed.name)
-    if anchor is not None:
-        draft.pinned.add(anchor)
-    if another is not None:
-        draft.touched.add(another)
-    return lang.pick(rng, ("add {0} {1}", "put {0} {1}", "place {0} {1}", "insert {0} {1}", "draw {0} {1}")).format(noun, words)
+    draft.taken.add(placed.name)
+    return Clause("add", lang.pick(rng, _ADD).format(noun, words), (), (placed,))
 
 
-def _swap(draft: _Draft, rng: np.random.Generator) -> str | None:
-    free = [i for i in range(len(draft.items)) if draft.available(i) and len(draft.equals(i)) == 1]
-    pairs = [(i, j) for i in free for j in free if i < j and draft.source.objects[i].size == draft.source.objects[j].size]
+def _swap(draft: _Draft, rng: np.random.Generator) -> Clause | None:
+    objects = draft.source.objects
+    single = [i for i in range(len(objects)) if draft.available(i) and len(draft.equals[i]) == 1]
+    pairs = [(i, j) for i in single for j in single if i < j and objects[i].size == objects[j].size]
     if not pairs:
         return None
     i, j = lang.pick(rng, pairs)
-    first, second = draft.source.objects[i], draft.source.objects[j]
+    first, second = objects[i], objects[j]
     if max(abs(first.x - second.x), abs(first.y - second.y)) < MIN_MOVE:
         return None
-    draft.items[i] = replace(first, x=second.x, y=second.y)
-    draft.items[j] = replace(second, x=first.x, y=first.y)
+    targets = replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y)
+    draft.items[i], draft.items[j] = targets
     draft.touched.update((i, j))
-    a, b = lang.shuffled(rng, (f"the {first.name}", f"the {second.name}"))
-    return lang.pick(rng, (f"swap the positions of {a} and {b}", f"let {a} and {b} trade places", f"exchange {a} and {b}"))
+    text = lang.pick(rng, _SWAP).format(*lang.shuffled(rng, (f"the {first.name}", f"the {second.name}")))
+    return Clause("move", text, (i, j), targets)
 
 
-def _move(draft: _Draft, rng: np.random.Generator) -> str | None:
+def _move(draft: _Draft, rng: np.random.Generator) -> Clause | None:
     if rng.random() < 0.15:
         return _swap(draft, rng)
     chosen = draft.choose(rng)
     if chosen is None:
         return None
     index, reference = chosen
-    found = _spots(draft, draft.source.objects[index], rng, index)
+    found = _spot(draft, draft.source.objects[index], rng, index)
     if found is None:
         return None
-    placed, words, anchor = found
+    placed, words = found
     draft.items[index] = placed
     draft.touched.add(index)
-    if anchor is not None:
-        draft.pinned.add(anchor)
-    return lang.pick(rng, ("move {0} {1}", "shift {0} {1}", "move {0} {1}", "put {0} {1}" if anchor is not None else "bring {0} {1}")).format(
-        reference, words
-    )
+    verbs = _MOVE if words.startswith(tuple(phrase for some in _BESIDE.values() for phrase in some)) else _MOVE[:2]
+    return Clause("move", lang.pick(rng, verbs).format(reference, words), (index,), (placed,))
 
 
-def _resize(draft: _Draft, rng: np.random.Generator) -> str | None:
+def _resize(draft: _Draft, rng: np.random.Generator) -> Clause | None:
     chosen = draft.choose(rng)
     if chosen is None:
         return None
@@ -340,59 +338,55 @@ def _resize(draft: _Draft, rng: np.random.Generator) -> str | None:
     if not options:
         return None
     size = lang.pick(rng, options)
-    changed = resized(item, size, draft.preset.lattice)
-    before = max((item.overlap(other) for other in draft.others(index)), default=0.0)
-    if not draft.free(changed, index, limit=max(RESIZE_OVERLAP, before)):
+    changed = placement.resized(item, size, draft.preset.lattice)
+    before = max((item.overlap(other) for other in draft.result().objects if other != item), default=0.0)
+    if not draft.free(changed, index, max(RESIZE_OVERLAP, before)):
         return None
     draft.items[index] = changed
     draft.touched.add(index)
-    adjective = lang.size_adjective(size)
-    absolute = (f"make {reference} {adjective}", f"resize {reference} to {adjective}", f"change the size of {reference} to {adjective}")
+    # "bigger" is exact only for the next size up.
     step = sizes.index(size) - sizes.index(item.size) if item.size in sizes else 0
     if abs(step) == 1 and rng.random() < 0.6:
-        comparative = (f"make {reference} bigger", f"make {reference} larger", f"enlarge {reference}")
-        if step < 0:
-            comparative = (f"make {reference} smaller", f"shrink {reference}", f"reduce the size of {reference}")
-        return lang.pick(rng, comparative)
-    return lang.pick(rng, absolute)
+        text = lang.pick(rng, _GROW if step > 0 else _SHRINK).format(reference)
+    else:
+        text = lang.pick(rng, _RESIZE).format(reference, lang.size_adjective(size))
+    return Clause("resize", text, (index,), (changed,))
 
 
-def _restyle(draft: _Draft, rng: np.random.Generator) -> str | None:
+def _restyle(draft: _Draft, rng: np.random.Generator) -> Clause | None:
     style = lang.pick(rng, draft.preset.styles)
     adjective = lang.style_adjective(style)
-    if not draft.touched and not draft.added and len(draft.items) > 1 and rng.random() < 0.25:
-        present = [item for item in draft.items if item is not None]
-        if all(item.style == style for item in present):
+    objects = draft.source.objects
+    if len(objects) > 1 and not (draft.touched or draft.pinned or draft.added) and rng.random() < 0.25:
+        if all(item.style == style for item in objects):
             return None
-        draft.items = [None if item is None else replace(item, style=style) for item in draft.items]
-        draft.touched.update(range(len(draft.items)))
-        return lang.pick(rng, ("redraw everything in the {} style", "make all objects {}", "draw all objects in the {} style")).format(adjective)
+        targets = tuple(replace(item, style=style) for item in objects)
+        draft.items = list(targets)
+        draft.touched.update(range(len(objects)))
+        text = lang.pick(rng, _RESTYLE_ALL).format(adjective)
+        return Clause("restyle", text, tuple(range(len(objects))), targets)
     chosen = draft.choose(rng)
     if chosen is None:
         return None
     index, reference = chosen
-    item = draft.source.objects[index]
-    if item.style == style:
+    if objects[index].style == style:
         return None
-    draft.items[index] = replace(item, style=style)
+    changed = replace(objects[index], style=style)
+    draft.items[index] = changed
     draft.touched.add(index)
-    return lang.pick(rng, (f"draw {reference} in the {adjective} style", f"make {reference} {adjective}", f"restyle {reference} as {adjective}",
-                           f"change the style of {reference} to {adjective}", f"redraw {reference} in the {adjective} style"))  # fmt: skip
+    return Clause("restyle", lang.pick(rng, _RESTYLE).format(reference, adjective), (index,), (changed,))
 
 
-def _background(draft: _Draft, rng: np.random.Generator) -> str | None:
-    if draft.background != draft.source.background:
-        return None
+def _background(draft: _Draft, rng: np.random.Generator) -> Clause | None:
     color = lang.pick(rng, draft.preset.backgrounds)
-    if color == draft.background:
+    if color == draft.background or draft.background != draft.source.background:
         return None
     draft.background = color
-    return lang.pick(rng, (f"make the background {color}", f"change the background to {color}", f"recolor the background {color}",
-                           f"put everything on {lang.indefinite(color)} background", f"use {lang.indefinite(color)} background",
-                           f"turn the background {color}", f"set the background color to {color}"))  # fmt: skip
+    text = lang.pick(rng, _BACKGROUND).format(color, lang.indefinite(color))
+    return Clause("background", text, background=color)
 
 
-_CLAUSES: dict[str, _Clause] = {
+_MAKERS: dict[str, _Maker] = {
     "replace": _replace,
     "remove": _remove,
     "add": _add,
@@ -402,11 +396,20 @@ _CLAUSES: dict[str, _Clause] = {
     "background": _background,
 }
 
-KINDS = tuple(_CLAUSES)
+KINDS = tuple(_MAKERS)
 """Kinds of clause."""
 
-_JOINERS_TWO = ("{0} and {1}", "{0}, and {1}", "{0}, then {1}", "{0}. also, {1}", "{0} and also {1}")
-_JOINERS_THREE = ("{0}, {1} and {2}", "{0}, then {1} and {2}", "{0}, {1}, and {2}", "{0}. also, {1}, and {2}")
+
+def _attempt(scene: Scene, rng: np.random.Generator, preset: lang.PresetLike, kinds: list[str]) -> Edit | None:
+    draft = _Draft(scene, preset)
+    clauses: list[Clause] = []
+    for kind in kinds:
+        clause = _MAKERS[kind](draft, rng)
+        if clause is None:
+            return None
+        clauses.append(clause)
+    instruction = lang.pick(rng, _JOINERS[len(kinds)]).format(*(clause.text for clause in clauses))
+    return Edit(instruction, draft.result(), tuple(kinds), tuple(clauses))
 
 
 def try_edit(
@@ -418,35 +421,20 @@ def try_edit(
     kind: str | None = None,
 ) -> Edit | None:
     """Like :func:`sample_edit`, but ``None`` where that raises because the scene allows no such edit."""
-    if not 1 <= clauses <= 3:
-        raise InputError(f"clauses={clauses}; expected 1, 2 or 3")
-    if kind is not None and kind not in _CLAUSES:
+    if not 1 <= clauses <= MAX_CLAUSES:
+        raise InputError(f"clauses={clauses}; expected 1 to {MAX_CLAUSES}")
+    if kind is not None and kind not in _MAKERS:
         raise InputError(f"unknown edit kind {kind!r}; expected one of {', '.join(KINDS)}")
+    if not scene.objects:
+        raise InputError("a scene without objects can't be edited; give one with at least one object")
     for _ in range(_ATTEMPTS):
-        draft = _Draft(scene, preset)
-        kinds: list[str] = []
-        texts: list[str] = []
-        for number in range(clauses):
-            chosen = kind if kind is not None and number == 0 else lang.pick(rng, KINDS)
-            text = _CLAUSES[chosen](draft, rng)
-            if text is None:
-                break
-            kinds.append(chosen)
-            texts.append(text)
-        if len(texts) < clauses:
-            continue
-        result = draft.result()
-        if result == scene or is_held_out(result) != (split == "held_out"):
-            continue
-        if clauses > 1 and rng.random() < 0.5:
-            order = lang.shuffled(rng, range(clauses))
-            kinds, texts = [kinds[i] for i in order], [texts[i] for i in order]
-        instruction = texts[0]
-        if clauses == 2:
-            instruction = lang.pick(rng, _JOINERS_TWO).format(*texts)
-        elif clauses == 3:
-            instruction = lang.pick(rng, _JOINERS_THREE).format(*texts)
-        return Edit(instruction, result, tuple(kinds), tuple(texts))
+        kinds = [kind if kind is not None else lang.pick(rng, KINDS)]
+        kinds += [lang.pick(rng, KINDS) for _ in range(clauses - 1)]
+        if clauses > 1:
+            kinds = lang.shuffled(rng, kinds)
+        edit = _attempt(scene, rng, preset, kinds)
+        if edit is not None and edit.result != scene and is_held_out(edit.result) == (split == "held_out"):
+            return edit
     return None
 
 
@@ -469,7 +457,7 @@ def sample_edit(
         kind: Kind of one of the clauses; ``None``: any.
 
     Raises:
-        InputError: unknown ``kind``, ``clauses`` out of range, or no such edit was found for this scene.
+        InputError: an empty scene, unknown ``kind``, ``clauses`` out of range, or no such edit found for this scene.
     """
     edit = try_edit(scene, rng, preset, split, clauses, kind)
     if edit is None:

@@ -55,6 +55,14 @@ RELATION_PHRASES: dict[str, tuple[str, ...]] = {
 }
 """Ways to say each relation; the first one is canonical."""
 
+PREPOSITIONS = frozenset(
+    phrase
+    for phrases in RELATION_PHRASES.values()
+    for phrase in phrases
+    if phrase.split()[0] not in ("partly", "higher")
+)
+"""Relation phrases that can follow a noun or "what can be seen" directly."""
+
 Place = tuple[int, int]
 """Cell of the 3 x 3 grid of thirds: ``(row, column)``, 0 = top or left, 2 = bottom or right."""
 
@@ -69,6 +77,8 @@ PLACE_NAMES: dict[Place, str] = {
     (2, 1): "bottom",
     (2, 2): "bottom right",
 }
+
+PLACES = tuple(PLACE_NAMES)
 
 PLACE_PHRASES: dict[Place, tuple[str, ...]] = {
     (0, 0): ("at the top left", "in the top left corner", "in the upper left", "in the top left"),
@@ -118,14 +128,13 @@ def shuffled(rng: np.random.Generator, options: Iterable[T]) -> list[T]:
 # --- nouns ----------------------------------------------------------------------------------------------------------
 
 _PLURAL_NAMES = frozenset(
-    "grapes cherries beans glasses sunglasses goggles scissors jeans shorts socks gloves fireworks "
-    "chopsticks bubbles peanuts feathers stairs tracks briefs pants trousers headphones candies olives".split()
+    ["grapes", "cherries", "beans", "glasses", "sunglasses", "goggles", "scissors", "jeans", "shorts", "socks", "gloves", "fireworks", "chopsticks", "bubbles", "peanuts", "feathers", "stairs", "tracks", "briefs", "pants", "trousers", "headphones", "candies", "olives"]
 )
-_SINGULAR_IN_S = frozenset("bus cactus octopus lotus hibiscus walrus rhinoceros stethoscope asparagus canvas atlas".split())
+_SINGULAR_IN_S = frozenset(
+    ["bus", "cactus", "octopus", "lotus", "hibiscus", "walrus", "rhinoceros", "stethoscope", "asparagus", "canvas", "atlas"]
+)
 _MASS_NAMES = frozenset(
-    "bread rice butter salt garlic broccoli sushi popcorn pasta spaghetti sake honey milk lettuce ginger tofu "
-    "money jewelry luggage wood coral cheese meat bacon water corn soap custard thread yarn camping bowling hockey "
-    "badminton lacrosse lightning dna".split()
+    ["bread", "rice", "butter", "salt", "garlic", "broccoli", "sushi", "popcorn", "pasta", "spaghetti", "sake", "honey", "milk", "lettuce", "ginger", "tofu", "money", "jewelry", "luggage", "wood", "coral", "cheese", "meat", "bacon", "water", "corn", "soap", "custard", "thread", "yarn", "camping", "bowling", "hockey", "badminton", "lacrosse", "lightning", "dna"]
 )
 _IRREGULAR = {
     "mouse": "mice", "sheep": "sheep", "fish": "fish", "goose": "geese", "knife": "knives", "leaf": "leaves",
@@ -196,16 +205,18 @@ def indefinite(name: str, adjectives: str = "") -> str:
     return f"{'an' if vowel or phrase.startswith(_AN_EXCEPTIONS) else 'a'} {phrase}"
 
 
+def countable(name: str) -> str:
+    """What is counted in ``"how many ... are there"``: ``"dogs"``, ``"sets of grapes"``, ``"pieces of bread"``."""
+    if is_plural(name):
+        return f"sets of {name}"
+    return f"pieces of {name}" if is_mass(name) else plural(name)
+
+
 def counted(count: int, name: str, adjectives: str = "") -> str:
     """Counted noun phrase: ``"two large dogs"``, ``"two sets of grapes"``, ``"two pieces of bread"``."""
     if count == 1:
         return indefinite(name, adjectives)
-    lead = f"{NUMBER_WORDS[count]} {adjectives}".rstrip()
-    if is_plural(name):
-        return f"{lead} sets of {name}"
-    if is_mass(name):
-        return f"{lead} pieces of {name}"
-    return f"{lead} {plural(name)}"
+    return f"{NUMBER_WORDS[count]} {adjectives}".rstrip() + f" {countable(name)}"
 
 
 def be(name: str) -> str:
@@ -344,6 +355,14 @@ def refer(scene: Scene, index: int, rng: np.random.Generator | None = None) -> s
     if not found:
         return None
     return found[0] if rng is None else pick(rng, found)
+
+
+def all_of(name: str, count: int, rng: np.random.Generator) -> str:
+    """Reference to all ``count`` (at least two) objects of a class: ``"both dogs"``, ``"all the dogs"``."""
+    many = plural(name)
+    if is_plural(name) or is_mass(name):
+        return f"all the {many}"
+    return pick(rng, (f"both {many}", f"the two {many}") if count == 2 else (f"all the {many}", f"all {many}"))
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -17,23 +17,45 @@ from unialignment.world.scene import Scene
 KINDS = ("segment", "depth", "edges")
 """Kinds of map."""
 
-_SEGMENT = ("segment {}", "segment {} in the picture", "make a mask of {}", "show the mask of {}", "where exactly is {}? answer with a mask",
-            "select {}", "mark {} in white")  # fmt: skip
-_DEPTH = ("estimate the depth", "depth map", "show the depth of the picture", "how far away is everything? draw a depth map",
-          "make a depth map of this picture")  # fmt: skip
-_EDGES = ("detect the edges", "edge map", "draw the outlines of the objects", "find the edges in the picture", "trace the contours")
-
+_SEGMENT = (
+    "segment {}",
+    "segment {} in the picture",
+    "make a mask of {}",
+    "show the mask of {}",
+    "cut out {}",
+    "select {}",
+    "mark {} in white",
+)
+_DEPTH = (
+    "estimate the depth",
+    "depth map",
+    "show the depth of the picture",
+    "how far away is everything? draw a depth map",
+    "make a depth map of this picture",
+)
+_EDGES = (
+    "detect the edges",
+    "edge map",
+    "draw the outlines of the objects",
+    "find the edges in the picture",
+    "trace the contours",
+)
+_FOREGROUND = ("all objects", "everything but the background", "the foreground")
 _CONTROL = {
-    "segment": ("{caption}. the mask shows {target}", "use this mask for {target}: {caption}", "mask of {target}. {caption}"),
-    "depth": ("{caption}. follow this depth map", "from this depth map, make {caption}", "depth map: {caption}"),
-    "edges": ("{caption}. follow these edges", "from this edge map, make {caption}", "edge map: {caption}"),
+    "segment": (
+        "mask of {target}: {caption}",
+        "{caption}, with {target} as in this mask",
+        "this mask is {target}: {caption}",
+    ),
+    "depth": ("depth map: {caption}", "{caption}, following this depth map", "from this depth map: {caption}"),
+    "edges": ("edge map: {caption}", "{caption}, following these edges", "from this edge map: {caption}"),
 }
 
 
 class MapRenderer(Protocol):
     """The part of ``world.render.Renderer`` that draws maps."""
 
-    def mask(self, scene: Scene, indices: int | tuple[int, ...]) -> Image: ...
+    def mask(self, scene: Scene, index: tuple[int, ...]) -> Image: ...
     def depth(self, scene: Scene) -> Image: ...
     def edges(self, scene: Scene) -> Image: ...
 
@@ -44,7 +66,7 @@ class Perception(NamedTuple):
     Attributes:
         prompt: What to do, e.g. ``"segment the dog"``.
         kind: One of :data:`KINDS`.
-        map: The exact map, ``[R, R, 3]`` uint8.
+        map: The exact map, uint8 ``[R, R, 3]``.
         indices: Objects in a segmentation mask; empty for other kinds.
         target: How those objects are called (``"the dog"``); empty for other kinds.
     """
@@ -52,8 +74,8 @@ class Perception(NamedTuple):
     prompt: str
     kind: str
     map: Image
-    indices: tuple[int, ...]
-    target: str
+    indices: tuple[int, ...] = ()
+    target: str = ""
 
 
 def _target(scene: Scene, rng: np.random.Generator) -> tuple[tuple[int, ...], str]:
@@ -61,22 +83,21 @@ def _target(scene: Scene, rng: np.random.Generator) -> tuple[tuple[int, ...], st
     names = [item.name for item in scene.objects]
     draw = rng.random()
     if draw < 0.06 and len(names) > 1:
-        return tuple(range(len(names))), lang.pick(rng, ("all objects", "everything but the background", "the foreground"))
+        return tuple(range(len(names))), lang.pick(rng, _FOREGROUND)
     index = int(rng.random() * len(names))
     equals = tuple(i for i, name in enumerate(names) if name == names[index])
     if len(equals) == 1:
-        noun = f"the {names[index]}"
-        if draw < 0.25:
-            noun = f"the {lang.adjectives(scene.objects[index])} {names[index]}"
-        return equals, noun
+        extra = f"{lang.adjectives(scene.objects[index])} " if draw > 0.8 else ""
+        return equals, f"the {extra}{names[index]}"
     reference = lang.refer(scene, index, rng)
     if reference is not None and draw < 0.7:
         return (index,), reference
-    noun = lang.plural(names[index])
-    return equals, f"both {noun}" if len(equals) == 2 and noun != names[index] else f"all the {noun}"
+    return equals, lang.all_of(names[index], len(equals), rng)
 
 
-def sample_perception(scene: Scene, rng: np.random.Generator, renderer: MapRenderer, kind: str | None = None) -> Perception:
+def sample_perception(
+    scene: Scene, rng: np.random.Generator, renderer: MapRenderer, kind: str | None = None
+) -> Perception:
     """A prompt that asks for a map of the scene, with the exact map.
 
     Args:
@@ -95,17 +116,14 @@ def sample_perception(scene: Scene, rng: np.random.Generator, renderer: MapRende
     if kind is None:
         kind = lang.pick(rng, ("segment", "segment", "depth", "edges"))
     if kind == "depth":
-        return Perception(lang.pick(rng, _DEPTH), kind, renderer.depth(scene), (), "")
+        return Perception(lang.pick(rng, _DEPTH), kind, renderer.depth(scene))
     if kind == "edges":
-        return Perception(lang.pick(rng, _EDGES), kind, renderer.edges(scene), (), "")
+        return Perception(lang.pick(rng, _EDGES), kind, renderer.edges(scene))
     indices, target = _target(scene, rng)
-    template = lang.pick(rng, _SEGMENT)
-    if "exactly is" in template and (len(indices) > 1 or lang.is_plural(scene.objects[indices[0]].name)):
-        template = template.replace("exactly is", "exactly are")
-    return Perception(template.format(target), kind, renderer.mask(scene, indices), indices, target)
+    return Perception(lang.pick(rng, _SEGMENT).format(target), kind, renderer.mask(scene, indices), indices, target)
 
 
 def control_prompt(perception: Perception, caption: str, rng: np.random.Generator) -> str:
-    """Prompt of the inverse task: what the map is, and what the picture shall show."""
+    """Prompt of the inverse task: which map it is, and what the picture shall show."""
     template = lang.pick(rng, _CONTROL[perception.kind])
     return template.format(caption=caption, target=perception.target)

@@ -40,29 +40,82 @@ class Question:
 
 # --- judging --------------------------------------------------------------------------------------------------------
 
-_FILLER = frozenset("a an the is are it its it's they there in at on of side corner part area edge picture image color "
-                    "background style size drawn just only".split())  # fmt: skip
-_SAME = {"upper": "top", "lower": "bottom", "middle": "center", "centre": "center", "no": "no", "nope": "no", "yeah": "yes",
-         "yep": "yes", "true": "yes", "false": "no", "grey": "gray", "none": "zero", "0": "zero", "1": "one", "2": "two",
-         "3": "three", "4": "four", "5": "five", "6": "six", "lefthand": "left", "righthand": "right"}  # fmt: skip
+_FILLER = frozenset(
+    ["a", "an", "the", "is", "are", "it", "its", "it's", "they", "there", "in", "at", "on", "of", "side", "corner", "part", "area", "edge", "picture", "image", "color", "background", "style", "size", "drawn", "just", "only"]
+)
+_SAME = {
+    "upper": "top",
+    "lower": "bottom",
+    "middle": "center",
+    "centre": "center",
+    "nope": "no",
+    "yeah": "yes",
+    "yep": "yes",
+    "true": "yes",
+    "false": "no",
+    "grey": "gray",
+    "none": "zero",
+    **{str(number): word for number, word in enumerate(lang.NUMBER_WORDS)},
+}
 
 
 def normalized(answer: str) -> str:
     """Lower case, no punctuation, no filler words, one spelling per meaning."""
     text = re.sub(r"[^\w\s'-]", " ", answer.lower())
-    words = [_SAME.get(word, word) for word in text.replace("-hand", "hand").split() if word not in _FILLER]
+    words = [_SAME.get(word, word) for word in text.split() if word not in _FILLER]
     if words[:1] in (["yes"], ["no"]):
-        words = words[:1]
-    if len(words) > 1 and "center" in words and {"top", "bottom", "left", "right"} & set(words):
+        return words[0]
+    if len(words) > 1 and {"top", "bottom", "left", "right"} & set(words):
         words = [word for word in words if word != "center"]
     return " ".join(words)
 
 
 def is_correct(answer: str, question: Question) -> bool:
     """Whether an answer means one of ``question.accepted``; articles, case and common synonyms don't matter."""
-    given = normalized(answer)
-    return given in {normalized(option) for option in question.accepted}
+    return normalized(answer) in {normalized(option) for option in question.accepted}
 
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+_WHAT_ALONE = ("what is in the picture?", "what does the picture show?", "what is this?", "which object is shown?")
+_WHAT_RELATED = ("what is {} {}?", "which object is {} {}?", "what can be seen {} {}?", "name the object {} {}.")
+_WHAT_EXTREME = {
+    "left": ("which object is furthest to the left?", "what is the leftmost object?", "what is furthest left?"),
+    "right": ("which object is furthest to the right?", "what is the rightmost object?", "what is furthest right?"),
+    "above": ("which object is highest up?", "what is the topmost object?", "what is at the very top?"),
+    "below": ("which object is lowest down?", "what is the lowest object?", "what is at the very bottom?"),
+}
+_WHERE = ("where {be} {who}?", "where in the picture {be} {who}?", "in which part of the picture {be} {who}?")
+_COUNT_ALL = (
+    "how many objects are there?",
+    "how many objects are in the picture?",
+    "how many things can you see?",
+)
+_COUNT = ("how many {} are there?", "how many {} are in the picture?", "how many {} do you see?", "count the {}.")
+_EXISTS = (
+    "{be} there {what}?",
+    "{be} there {what} in the picture?",
+    "can you see {what}?",
+    "does the picture show {what}?",
+    "do you see {what} here?",
+)
+_COMPARE = ("which is {}, {} or {}?", "which one is {}, {} or {}?", "which of the two is {}: {} or {}?")
+_SIZE = ("what size {be} {who}?", "how large {be} {who}?", "which size {do} {who} have?")
+_BACKGROUND = (
+    "what color is the background?",
+    "what is the color of the background?",
+    "which color does the background have?",
+    "what color is behind everything?",
+    "which color is the backdrop?",
+)
+_STYLE = ("in which style {be} {who} drawn?", "what style {be} {who} in?", "which style {do} {who} have?")
+_STYLE_WHICH = ("which object is {}?", "which object is drawn in the {} style?", "what is drawn in the {} style?")
+_RELATION = (
+    "{be} {a} {relation} {b}?",
+    "would you say {a} {be} {relation} {b}?",
+    "in the picture, {be} {a} {relation} {b}?",
+)
+_SIZE_SYNONYMS = {"large": ("large", "big"), "small": ("small", "little")}
 
 # --- makers: each returns None when the scene doesn't allow the question --------------------------------------------
 
@@ -70,7 +123,7 @@ _Maker = Callable[[Scene, np.random.Generator, Sequence[str]], "Question | None"
 
 
 def _name_question(kind: str, question: str, name: str) -> Question:
-    return Question(kind, question, name, (name, lang.plural(name)) if lang.plural(name) != name else (name,))
+    return Question(kind, question, name, tuple(dict.fromkeys((name, lang.plural(name)))))
 
 
 def _yes_no(kind: str, question: str, yes: bool) -> Question:
@@ -78,66 +131,64 @@ def _yes_no(kind: str, question: str, yes: bool) -> Question:
     return Question(kind, question, answer, (answer,))
 
 
+def _about(templates: Sequence[str], scene: Scene, index: int, who: str, rng: np.random.Generator) -> str:
+    """A question about one object, its verb agreeing with it."""
+    name = scene.objects[index].name
+    return lang.pick(rng, templates).format(be=lang.be(name), do="do" if lang.is_plural(name) else "does", who=who)
+
+
 def _what(scene: Scene, rng: np.random.Generator, names: Sequence[str]) -> Question | None:
     objects = scene.objects
+    everyone = range(len(objects))
     if len(objects) == 1:
-        question = lang.pick(rng, ("what is in the picture?", "what does the picture show?", "what is this?", "which object is shown?"))
-        return _name_question("what", question, objects[0].name)
-    for _ in range(4):
-        if rng.random() < 0.65:
-            i, j = lang.shuffled(rng, range(len(objects)))[:2]
-            found = lang.relations(scene, i, j)
-            reference = lang.refer(scene, j, rng)
-            if not found or reference is None:
-                continue
-            relation = lang.pick(rng, found)
-            others = [k for k in range(len(objects)) if k not in (i, j)]
-            if relation in lang.DIRECTIONS:
-                clear = all(lang.offset(scene, k, j, relation) <= 0 for k in others)
-            else:
-                clear = all(objects[k].overlap(objects[j]) <= 0 for k in others)
-            if not clear:
-                continue
-            phrase = lang.pick(rng, lang.RELATION_PHRASES[relation])
-            question = lang.pick(rng, ("what is {} {}?", "which object is {} {}?", "what do you see {} {}?", "name the object {} {}."))
-            if phrase == "higher up than" and "see" in question:
-                phrase = "above"
-            return _name_question("what", question.format(phrase, reference), objects[i].name)
+        return _name_question("what", lang.pick(rng, _WHAT_ALONE), objects[0].name)
+    if rng.random() < 0.35:
         direction = lang.pick(rng, lang.DIRECTIONS)
-        end = max(range(len(objects)), key=lambda k: _toward(scene, k, direction))
-        if all(lang.offset(scene, end, k, direction) >= lang.MARGIN for k in range(len(objects)) if k != end):
-            words = {"left": ("furthest to the left", "the leftmost object"), "right": ("furthest to the right", "the rightmost object"),
-                     "above": ("highest up", "the topmost object"), "below": ("lowest down", "the lowest object")}[direction]  # fmt: skip
-            question = lang.pick(rng, (f"which object is {words[0]}?", f"what is {words[0]} in the picture?", f"what is {words[1]}?"))
-            return _name_question("what", question, objects[end].name)
-    return None
-
-
-def _toward(scene: Scene, index: int, direction: str) -> float:
-    x, y = scene.objects[index].center
-    return {"left": -x, "right": x, "above": -y, "below": y}[direction]
+        for end in everyone:
+            if all(lang.offset(scene, end, k, direction) >= lang.MARGIN for k in everyone if k != end):
+                return _name_question("what", lang.pick(rng, _WHAT_EXTREME[direction]), objects[end].name)
+        return None
+    i, j = lang.shuffled(rng, everyone)[:2]
+    found = lang.relations(scene, i, j)
+    reference = lang.refer(scene, j, rng)
+    if not found or reference is None or objects[i].name == objects[j].name:
+        return None
+    relation = lang.pick(rng, found)
+    # Nothing else may answer the question, not even by a hair's breadth.
+    for k in everyone:
+        if k in (i, j):
+            continue
+        if (
+            lang.offset(scene, k, j, relation) > 0
+            if relation in lang.DIRECTIONS
+            else objects[k].overlap(objects[j]) > 0
+        ):
+            return None
+    phrase = lang.pick(rng, lang.RELATION_PHRASES[relation])
+    template = lang.pick(rng, _WHAT_RELATED)
+    if phrase not in lang.PREPOSITIONS:
+        template = _WHAT_RELATED[0]
+    return _name_question("what", template.format(phrase, reference), objects[i].name)
 
 
 def _near_thirds(value: float) -> list[int]:
-    cells = {min(2, max(0, int((value + d) * 3 / CANVAS_UNITS))) for d in (-PLACE_TOLERANCE, 0.0, PLACE_TOLERANCE)}
-    return sorted(cells)
+    """Rows or columns that a coordinate may be said to lie in."""
+    shifts = (-PLACE_TOLERANCE, 0.0, PLACE_TOLERANCE)
+    return sorted({min(2, max(0, int((value + shift) * 3 / CANVAS_UNITS))) for shift in shifts})
 
 
 def _where(scene: Scene, rng: np.random.Generator, names: Sequence[str]) -> Question | None:
     index = int(rng.random() * len(scene.objects))
     item = scene.objects[index]
-    if any(other.name == item.name for k, other in enumerate(scene.objects) if k != index):
-        references = [text for text in lang.references(scene, index) if " on the " not in text and " at the " not in text]
-    else:
-        references = list(lang.references(scene, index))
+    # "where is the dog on the left?" would give the answer away
+    references = [text for text in lang.references(scene, index) if text.endswith(item.name)]
     if not references:
         return None
     x, y = item.center
     answer = lang.PLACE_NAMES[lang.place_of(item)]
-    accepted = dict.fromkeys([answer, *(lang.PLACE_NAMES[(row, column)] for row in _near_thirds(y) for column in _near_thirds(x))])
-    verb = lang.be(item.name)
-    question = lang.pick(rng, ("where {} {}?", "where in the picture {} {}?", "in which part of the picture {} {}?"))
-    return Question("where", question.format(verb, references[0]), answer, tuple(accepted))
+    near = (lang.PLACE_NAMES[(row, column)] for row in _near_thirds(y) for column in _near_thirds(x))
+    question = _about(_WHERE, scene, index, references[0], rng)
+    return Question("where", question, answer, tuple(dict.fromkeys([answer, *near])))
 
 
 def _absent(scene: Scene, rng: np.random.Generator, names: Sequence[str]) -> str | None:
@@ -159,30 +210,17 @@ def _count(scene: Scene, rng: np.random.Generator, names: Sequence[str]) -> Ques
     counts = Counter(item.name for item in scene.objects)
     draw = rng.random()
     if draw < 0.25:
-        number = len(scene.objects)
-        question = lang.pick(rng, ("how many objects are there?", "how many objects are in the picture?", "how many things can you see?"))
+        number, question = len(scene.objects), lang.pick(rng, _COUNT_ALL)
     else:
         repeated = [name for name, count in counts.items() if count > 1]
-        if draw < 0.4:
-            absent = _absent(scene, rng, names)
-            if absent is None:
-                return None
-            name = absent
-        elif repeated and draw < 0.9:
-            name = lang.pick(rng, repeated)
-        else:
-            name = lang.pick(rng, sorted(counts))
-        number = counts.get(name, 0)
-        what = lang.plural(name)
-        if lang.is_plural(name):
-            what = f"sets of {name}"
-        elif lang.is_mass(name):
-            what = f"pieces of {name}"
-        question = lang.pick(rng, ("how many {} are there?", "how many {} are in the picture?", "how many {} do you see?", "count the {}."))
-        question = question.format(what)
+        name: str | None = lang.pick(rng, repeated if repeated and draw < 0.9 else sorted(counts))
+        if draw < 0.45 and names:
+            name = _absent(scene, rng, names)
+        if name is None:
+            return None
+        number, question = counts[name], lang.pick(rng, _COUNT).format(lang.countable(name))
     word = lang.NUMBER_WORDS[number]
-    accepted = (word, str(number), "none", "no") if number == 0 else (word, str(number))
-    return Question("count", question, word, accepted)
+    return Question("count", question, word, (word, str(number), "no") if number == 0 else (word, str(number)))
 
 
 def _exists(scene: Scene, rng: np.random.Generator, names: Sequence[str]) -> Question | None:
@@ -191,82 +229,69 @@ def _exists(scene: Scene, rng: np.random.Generator, names: Sequence[str]) -> Que
     if name is None:
         return None
     what = lang.indefinite(name)
-    verb = lang.be(name)
-    some = "any " if verb == "are" else ""
-    question = lang.pick(rng, (f"{verb} there {some}{what}?", f"{verb} there {some}{what} in the picture?", f"can you see {some}{what}?",
-                               f"does the picture show {some}{what}?", f"do you see {some}{what} here?"))  # fmt: skip
-    return _yes_no("exists", question, yes)
+    if what == name:
+        what = f"any {name}"
+    return _yes_no("exists", lang.pick(rng, _EXISTS).format(be=lang.be(name), what=what), yes)
+
+
+def _reference_without(scene: Scene, index: int, rng: np.random.Generator, word: str) -> str | None:
+    """A reference that doesn't give the answer ``word`` away."""
+    found = [text for text in lang.references(scene, index) if text != f"the {word} {scene.objects[index].name}"]
+    return lang.pick(rng, found) if found else None
 
 
 def _size(scene: Scene, rng: np.random.Generator, names: Sequence[str]) -> Question | None:
     objects = scene.objects
     if len(objects) > 1 and rng.random() < 0.6:
         i, j = lang.shuffled(rng, range(len(objects)))[:2]
-        if objects[i].size != objects[j].size and objects[i].name != objects[j].name:
-            a, b = lang.refer(scene, i), lang.refer(scene, j)
-            if a and b and a == f"the {objects[i].name}" and b == f"the {objects[j].name}":
-                big = rng.random() < 0.5
-                word = lang.pick(rng, ("bigger", "larger") if big else ("smaller",))
-                winner = i if (objects[i].size > objects[j].size) == big else j
-                question = lang.pick(rng, ("which is {}, {} or {}?", "what is {}, {} or {}?", "which of the two is {}: {} or {}?"))
-                return _name_question("size", question.format(word, a, b), objects[winner].name)
+        a, b = f"the {objects[i].name}", f"the {objects[j].name}"
+        if objects[i].size == objects[j].size or (a,) != lang.references(scene, i) or (b,) != lang.references(scene, j):
+            return None
+        bigger = rng.random() < 0.5
+        word = lang.pick(rng, ("bigger", "larger")) if bigger else "smaller"
+        winner = i if (objects[i].size > objects[j].size) == bigger else j
+        return _name_question("size", lang.pick(rng, _COMPARE).format(word, a, b), objects[winner].name)
     index = int(rng.random() * len(objects))
-    reference = _reference_without(scene, index, rng, lang.size_adjective(objects[index].size))
+    answer = lang.size_adjective(objects[index].size)
+    reference = _reference_without(scene, index, rng, answer)
     if reference is None:
         return None
-    verb, do = lang.be(objects[index].name), "do" if lang.is_plural(objects[index].name) else "does"
-    question = lang.pick(rng, (f"what size {verb} {reference}?", f"how large {verb} {reference}?", f"which size {do} {reference} have?"))
-    answer = lang.size_adjective(objects[index].size)
-    return Question("size", question, answer, {"large": ("large", "big"), "small": ("small", "little", "tiny")}.get(answer, (answer,)))
-
-
-def _reference_without(scene: Scene, index: int, rng: np.random.Generator, word: str) -> str | None:
-    """A reference that doesn't give the answer ``word`` away."""
-    start = f"the {word} "
-    found = [text for text in lang.references(scene, index) if not text.startswith(start) or scene.objects[index].name.startswith(word)]
-    return lang.pick(rng, found) if found else None
+    question = _about(_SIZE, scene, index, reference, rng)
+    return Question("size", question, answer, _SIZE_SYNONYMS.get(answer, (answer,)))
 
 
 def _background(scene: Scene, rng: np.random.Generator, names: Sequence[str]) -> Question | None:
-    question = lang.pick(rng, ("what color is the background?", "what is the color of the background?", "which color does the background have?",
-                               "what color is behind everything?", "which color is the backdrop?"))  # fmt: skip
-    return Question("background", question, scene.background, (scene.background,))
+    return Question("background", lang.pick(rng, _BACKGROUND), scene.background, (scene.background,))
 
 
 def _style(scene: Scene, rng: np.random.Generator, names: Sequence[str]) -> Question | None:
     objects = scene.objects
     index = int(rng.random() * len(objects))
     adjective = lang.style_adjective(objects[index].style)
-    if rng.random() < 0.35 and len(objects) > 1:
-        if sum(item.style == objects[index].style for item in objects) == 1:
-            question = lang.pick(rng, ("which object is {}?", "which object is drawn in the {} style?", "what is drawn in the {} style?"))
-            return _name_question("style", question.format(adjective), objects[index].name)
-        return None
+    if len(objects) > 1 and rng.random() < 0.35:
+        if sum(item.style == objects[index].style for item in objects) > 1:
+            return None
+        return _name_question("style", lang.pick(rng, _STYLE_WHICH).format(adjective), objects[index].name)
     reference = _reference_without(scene, index, rng, adjective)
     if reference is None:
         return None
-    verb = lang.be(objects[index].name)
-    question = lang.pick(rng, (f"in which style {verb} {reference} drawn?", f"what style {verb} {reference} in?",
-                               f"how {verb} {reference} drawn?"))  # fmt: skip
-    return Question("style", question, adjective, (adjective,))
+    return Question("style", _about(_STYLE, scene, index, reference, rng), adjective, (adjective,))
 
 
 def _relation(scene: Scene, rng: np.random.Generator, names: Sequence[str]) -> Question | None:
     if len(scene.objects) < 2:
         return None
     i, j = lang.shuffled(rng, range(len(scene.objects)))[:2]
+    first, second = scene.objects[i], scene.objects[j]
     a, b = lang.refer(scene, i, rng), lang.refer(scene, j, rng)
     found = lang.relations(scene, i, j)
-    if a is None or b is None or not found:
+    if a is None or b is None or not found or first.name == second.name:
         return None
     relation = lang.pick(rng, found)
     yes = rng.random() < 0.5
-    said = relation if yes else lang.OPPOSITE[relation]
-    phrase = lang.pick(rng, lang.RELATION_PHRASES[said])
-    question = lang.pick(rng, ("{} {} {} {}?", "would you say {} {} {} {}?", "in the picture, {} {} {} {}?"))
-    verb = lang.be(scene.objects[i].name)
-    text = f"would you say {a} {verb} {phrase} {b}?" if question.startswith("would") else question.format(verb, a, phrase, b)
-    return _yes_no("relation", text, yes)
+    phrase = lang.pick(rng, lang.RELATION_PHRASES[relation if yes else lang.OPPOSITE[relation]])
+    question = lang.pick(rng, _RELATION).format(be=lang.be(first.name), a=a, b=b, relation=phrase)
+    return _yes_no("relation", question, yes)
 
 
 _MAKERS: dict[str, _Maker] = {

@@ -14,13 +14,13 @@ from unialignment.data.sample import Sample
 from unialignment.errors import InputError
 from unialignment.world import captions, compositions, edits, perception, questions
 from unialignment.world import language as lang
-from unialignment.world.layout import sample_scene
+from unialignment.world.layout import Split, sample_scene
 from unialignment.world.presets import WorldPreset
 from unialignment.world.render import Renderer
 from unialignment.world.scene import Scene
 from unialignment.world.sprites import SpritePack
 
-SPLITS = ("train", "held_out")
+SPLITS: tuple[Split, ...] = ("train", "held_out")
 TASKS = ("generate", "caption", "answer", "edit", "perceive", "control", "compose", "infill")
 
 # Tasks of one group show the same scene at the same index. Numbers are part of the data's identity: never renumber.
@@ -38,8 +38,10 @@ class WorldStream:
         preset: Which part of the world.
         split: ``"train"`` or ``"held_out"``.
         seed: Everything follows from it; streams of different seeds are independent.
-        varied: Fraction of indices at which ``generate`` uses a freely worded prompt instead of the canonical caption.
-        long: Fraction of indices (among the varied ones) whose prompt is a long caption of 60 words and more.
+        varied: Fraction of indices at which generate, infill and control use a freely worded caption instead of the
+            canonical one. The target of caption is always canonical.
+        long: Fraction of the varied ones that are long captions, of 60 words and more.
+        renderer: Draws the pictures; by default one for the preset's resolution.
 
     Raises:
         InputError: unknown split.
@@ -49,7 +51,7 @@ class WorldStream:
         self,
         pack: SpritePack,
         preset: WorldPreset,
-        split: str,
+        split: Split,
         seed: int,
         *,
         varied: float = 0.5,
@@ -79,9 +81,11 @@ class WorldStream:
     def sample(self, task: str, index: int) -> Sample:
         """The sample of a task at an index, always the same.
 
-        ``meta`` holds :class:`Scene` objects and what judging needs: ``scene`` (what the picture shows or shall show), and
-        by task ``canonical`` (caption), ``question`` (:class:`questions.Question`), ``source`` and ``edit``,
-        ``indices`` (segmented objects), ``composition``.
+        ``meta["scene"]`` is what the picture shows, or for image targets shall show. Further facts for judging, by task:
+        generate, control, infill: ``description`` (:class:`captions.Description`: what the prompt states);
+        answer: ``question`` (:class:`questions.Question`); edit: ``source`` (scene) and ``edit`` (:class:`edits.Edit`);
+        perceive, control: ``indices`` (objects in the mask); compose: ``sources`` (scenes) and ``composition``;
+        infill: ``words`` (of the full text, split at blanks) and ``gaps`` (indices of those that are hidden).
 
         Raises:
             InputError: unknown task or negative index.
@@ -102,40 +106,43 @@ class WorldStream:
         return self._makers[task](rng, index, draw)
 
     def _scene(self, rng: np.random.Generator, **arguments: Any) -> Scene:
-        return sample_scene(rng, self.preset, self.split, **arguments)  # type: ignore[arg-type]
+        return sample_scene(rng, self.preset, self.split, **arguments)
 
-    def _picture(self, rng: np.random.Generator) -> tuple[Scene, str, str]:
-        """Scene, prompt and wording kind shared by generate, caption and infill of one index."""
-        scene = self._scene(rng)
+    def _describe(self, scene: Scene, rng: np.random.Generator) -> captions.Description:
         if rng.random() >= self.varied:
-            return scene, captions.canonical_caption(scene), "canonical"
+            return captions.describe_canonical(scene)
         if self.long and rng.random() < self.long:
-            return scene, captions.caption(scene, rng, "long"), "long"
-        return scene, captions.caption(scene, rng), "short"
+            return captions.describe_long(scene, rng)
+        return captions.describe_short(scene, rng)
 
     def _generate(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
-        scene, text, kind = self._picture(rng)
+        scene = self._scene(rng)
+        made = self._describe(scene, rng)
         image = self.renderer.render(scene) if draw else None
-        return Sample("generate", text, target_image=image, kind=kind, pair_id=index, meta={"scene": scene})
+        meta = {"scene": scene, "description": made}
+        return Sample("generate", made.text, target_image=image, kind=made.kind, pair_id=index, meta=meta)
 
     def _caption(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
         scene = self._scene(rng)
         sources = (self.renderer.render(scene),) if draw else ()
-        text = captions.canonical_caption(scene)
-        return Sample("caption", "", sources, target_text=text, kind="short", pair_id=index, meta={"scene": scene})
+        made = captions.describe_canonical(scene)
+        meta = {"scene": scene, "description": made}
+        return Sample("caption", "", sources, target_text=made.text, kind=made.kind, pair_id=index, meta=meta)
 
     def _infill(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
-        scene, text, kind = self._picture(rng)
-        words = text.split(" ")
+        scene = self._scene(rng)
+        made = self._describe(scene, rng)
+        words = made.text.split(" ")
         share = 0.15 + 0.5 * rng.random()
         gaps = [i for i in range(len(words)) if rng.random() < share] or [int(rng.random() * len(words))]
         given = list(words)
         for i in gaps:
-            tail = words[i][len(words[i].rstrip(".,;:")) :]
-            given[i] = GAP + tail
-        meta = {"scene": scene, "gaps": tuple(gaps), "words": tuple(words)}
+            # punctuation stays, so that a gap is a word
+            given[i] = GAP + words[i][len(words[i].rstrip(".,;:?!")) :]
+        meta = {"scene": scene, "description": made, "gaps": tuple(gaps), "words": tuple(words)}
         sources = (self.renderer.render(scene),) if draw else ()
-        return Sample("infill", " ".join(given), sources, target_text=text, kind=kind, pair_id=index, meta=meta)
+        prompt = " ".join(given)
+        return Sample("infill", prompt, sources, target_text=made.text, kind=made.kind, pair_id=index, meta=meta)
 
     def _answer(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
         question = None
@@ -153,16 +160,20 @@ class WorldStream:
         return Sample("answer", question.question, sources, target_text=question.answer, kind=question.kind, meta=meta)
 
     def _edit(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
-        draw_number = rng.random()
-        clauses = 1 if draw_number < 0.7 else 2 if draw_number < 0.9 else 3
+        number = rng.random()
+        clauses = 1 if number < 0.7 else 2 if number < 0.9 else 3
+        kind = lang.pick(rng, edits.KINDS)
+        most = self.preset.max_objects
         edit = None
         while edit is None:
-            kind = lang.pick(rng, edits.KINDS)
-            split = self.split
-            if split == "held_out" and kind in ("replace", "add", "restyle") and rng.random() < 0.5:
-                split = "train"  # the edit itself then brings the held-out combination in
-            scene = sample_scene(rng, self.preset, split)  # type: ignore[arg-type]
+            # The edit itself brings the held-out combination in for half of those kinds that can.
+            new = self.split == "held_out" and kind in ("replace", "add", "restyle") and rng.random() < 0.5
+            low, high = 2 if kind == "remove" else 1, most - 1 if kind == "add" else most
+            count = low + int(rng.random() * (max(high, low) - low + 1))
+            scene = sample_scene(rng, self.preset, "train" if new else self.split, count=count)
             edit = edits.try_edit(scene, rng, self.preset, self.split, clauses, kind)
+            if edit is None and rng.random() < 0.5:
+                kind = lang.pick(rng, edits.KINDS)
         sources = (self.renderer.render(scene),) if draw else ()
         image = self.renderer.render(edit.result) if draw else None
         meta = {"scene": edit.result, "source": scene, "edit": edit}
@@ -173,16 +184,17 @@ class WorldStream:
         scene = self._scene(rng)
         found = perception.sample_perception(scene, rng, self.renderer if draw else _NoMaps())
         sources = (self.renderer.render(scene),) if draw else ()
+        image = found.map if draw else None
         meta = {"scene": scene, "indices": found.indices}
-        return Sample("perceive", found.prompt, sources, target_image=found.map if draw else None, kind=found.kind, meta=meta)
+        return Sample("perceive", found.prompt, sources, target_image=image, kind=found.kind, meta=meta)
 
     def _control(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
         scene = self._scene(rng)
         found = perception.sample_perception(scene, rng, self.renderer if draw else _NoMaps())
-        text = captions.canonical_caption(scene) if rng.random() < 0.5 else captions.caption(scene, rng)
-        prompt = perception.control_prompt(found, text, rng)
+        made = self._describe(scene, rng)
+        prompt = perception.control_prompt(found, made.text, rng)
         image = self.renderer.render(scene) if draw else None
-        meta = {"scene": scene, "indices": found.indices}
+        meta = {"scene": scene, "indices": found.indices, "description": made}
         return Sample("control", prompt, (found.map,) if draw else (), target_image=image, kind=found.kind, meta=meta)
 
     def _compose(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
