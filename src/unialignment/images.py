@@ -1,8 +1,8 @@
 """Pictures in and out: anything a user may hand over becomes an 8-bit RGB PIL picture, and those become tensors.
 
 What is decided here: transparency is composited on white, EXIF rotation is applied, 16-bit pictures are scaled (not
-clipped) to 8 bits, embedded colour profiles are converted to sRGB, of animations the first frame counts, URLs are refused
-unless allowed, and a picture's size is judged from its header before a pixel is decoded. Knows nothing of models.
+clipped) to 8 bits, embedded colour profiles are converted to sRGB, of animations the first frame counts, URLs are
+refused unless allowed, and a picture's size is judged from its header before a pixel is decoded. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def _to_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> 
         image = ImageOps.exif_transpose(image)
     except (OSError, EOFError) as error:
         raise InputError(f"{name} is damaged or truncated and can't be decoded ({_one_line(error)})") from error
-    except Exception:  # noqa: S110 - a broken EXIF block says nothing about the pixels; show them as stored
-        pass
+    except Exception:
+        pass  # a broken EXIF block says nothing about the pixels; show them as stored
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_wide_to_uint8(np.asarray(image), name)).convert("RGB")
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
@@ -262,8 +262,8 @@ def fit_image(
         image: RGB picture of any size.
         width: Pixels.
         height: Pixels.
-        fit: ``"crop"`` fills the frame and cuts what overhangs, equally on both sides; ``"pad"`` shows the whole picture
-            and fills the rest with ``background``.
+        fit: ``"crop"`` fills the frame and cuts what overhangs, equally on both sides; ``"pad"`` shows the whole
+            picture and fills the rest with ``background``.
         background: 8-bit RGB colour for ``"pad"``.
 
     Returns:

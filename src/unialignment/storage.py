@@ -1,7 +1,7 @@
 """Writing files and folders so that a crash, Ctrl-C or a full disk leaves nothing half-written.
 
-Everything is written under a temporary name beside its destination, flushed to disk, then renamed. Knows nothing of what
-is written.
+Everything is written under a temporary name beside its destination, flushed to disk, then renamed. Knows nothing of
+what is written.
 """
 
 from __future__ import annotations

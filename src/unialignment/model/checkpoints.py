@@ -1,18 +1,14 @@
 """Weights in and out of folders: strictly, safely and atomically.
 
-Everything is judged from headers and indexes before a module is touched: names and shapes must match exactly, shards must
-all be there, files must be safetensors. Pickles are refused, because loading one runs whatever code its author put in it.
-Knows nothing of what the modules compute, of tasks or of training state.
+Everything is judged from headers and indexes before a module is touched: names and shapes must match exactly, shards
+must all be there, files must be safetensors. Pickles are refused, because loading one runs whatever code its author put
+in it. Knows nothing of what the modules compute, of tasks or of training state.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import shutil
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,17 +18,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from unialignment.errors import CheckpointError, StorageError
-from unialignment.storage import atomic_folder, storage_error, write_json
+from unialignment.storage import storage_error
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _WEIGHT_FILES = (WEIGHTS_NAME, "model.safetensors")
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle")
-INDEX_NAME = "model_index.json"
-CHECKSUMS_NAME = "checksums.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def _names(names: Iterable[str], limit: int = 4) -> str:
+def name_list(names: Iterable[str], limit: int = 4) -> str:
+    """The first few names, and how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more
@@ -101,7 +96,7 @@ def find_weights(path: str | Path) -> dict[str, Path]:
     pickles = [file.name for file in path.iterdir() if file.suffix in _PICKLES]
     if pickles:
         raise CheckpointError(
-            f"{path} holds only pickle files ({_names(pickles)}), which can run code; use safetensors"
+            f"{path} holds only pickle files ({name_list(pickles)}), which can run code; use safetensors"
         )
     raise CheckpointError(
         f"no weights in {path}: expected {' or '.join(_WEIGHT_FILES)}; the download may be incomplete"
@@ -119,14 +114,14 @@ def _sharded(index: Path) -> dict[str, Path]:
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise CheckpointError(
-            f"{len(missing)} of {len(shards)} weight files named by {index} are missing ({_names(missing)}); "
+            f"{len(missing)} of {len(shards)} weight files named by {index} are missing ({name_list(missing)}); "
             "the download is incomplete, repeat it"
         )
     for shard in sorted(shards):
         with _open(index.parent / shard) as file:
             absent = {name for name, where in weight_map.items() if where == shard} - set(file.keys())
         if absent:
-            raise CheckpointError(f"{index.parent / shard} lacks tensors its index promises: {_names(absent)}")
+            raise CheckpointError(f"{index.parent / shard} lacks tensors its index promises: {name_list(absent)}")
     return {name: index.parent / shard for name, shard in weight_map.items()}
 
 
@@ -170,9 +165,9 @@ def check_names_and_shapes(
     wrong = [name for name in set(wanted) & set(shapes) if wanted[name] != tuple(shapes[name])]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing ({_names(missing)})")
+        problems.append(f"{len(missing)} missing ({name_list(missing)})")
     if extra:
-        problems.append(f"{len(extra)} unexpected ({_names(extra)})")
+        problems.append(f"{len(extra)} unexpected ({name_list(extra)})")
     if wrong:
         shown = [f"{name}: {list(shapes[name])} instead of {list(wanted[name])}" for name in sorted(wrong)[:3]]
         problems.append(f"{len(wrong)} of another shape ({'; '.join(shown)}{' …' if len(wrong) > 3 else ''})")
@@ -196,8 +191,8 @@ def load_state_dict(module: nn.Module, state: Mapping[str, torch.Tensor], where:
 def load_weights(module: nn.Module, path: str | Path) -> None:
     """Fill a module from a safetensors file, a component folder or a sharded one.
 
-    Half-precision storage is converted to the module's own dtype. Names and shapes are compared from the headers, before
-    the module is touched; shards are then copied one at a time.
+    Half-precision storage is converted to the module's own dtype. Names and shapes are compared from the headers,
+    before the module is touched; shards are then copied one at a time.
 
     Raises:
         CheckpointError: Something is missing, damaged, of another shape, or a pickle.
@@ -218,13 +213,38 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
                     targets[name].copy_(opened.get_tensor(name))
 
 
+def describe_weights(path: str | Path) -> dict[str, Any]:
+    """Count what lies in a component folder, from headers alone.
+
+    Returns:
+        ``tensors``, ``parameters`` and ``bytes`` of its weights; empty if it has none.
+
+    Raises:
+        CheckpointError: Its weights are damaged.
+    """
+    path = Path(path)
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
+        return {}
+    where = find_weights(path)
+    parameters = 0
+    files = set(where.values())
+    for file in files:
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 - a safetensors handle isn't iterable
+                size = 1
+                for length in opened.get_slice(name).get_shape():
+                    size *= length
+                parameters += size
+    return {"tensors": len(where), "parameters": parameters, "bytes": sum(file.stat().st_size for file in files)}
+
+
 def load_tensors(path: str | Path, allow_pickle_tensors: bool = False) -> dict[str, torch.Tensor]:
     """Load all tensors of a file or component folder.
 
     Args:
         path: See :func:`find_weights`.
-        allow_pickle_tensors: Also read ``.bin``/``.pt``/``.pth``/``.ckpt`` files through PyTorch's restricted unpickler,
-            which builds tensors and plain containers only and refuses code. For converting old checkpoints.
+        allow_pickle_tensors: Also read ``.bin``/``.pt``/``.pth``/``.ckpt`` files through PyTorch's restricted
+            unpickler, which builds tensors and plain containers only and refuses code. For converting old checkpoints.
 
     Returns:
         Tensor name → tensor on the CPU.
@@ -291,7 +311,7 @@ def save_component(module: Any, folder: str | Path, dtype: str = "float32") -> N
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(module, nn.Module) and hasattr(module, "save_config"):
-            module.save_config(folder)
+            cast("Any", module).save_config(folder)
             state = {
                 name: value.to(_DTYPES[dtype]) if value.is_floating_point() else value
                 for name, value in module.state_dict().items()
@@ -327,7 +347,9 @@ def load_component(cls: type[Any], folder: str | Path) -> Any:
     known = set(getattr(cls, "_get_init_keys", lambda _: set())(cls))
     unknown = {key for key in config if not key.startswith("_")} - known
     if known and unknown:
-        raise CheckpointError(f"{folder / 'config.json'} has settings {cls.__name__} doesn't know: {_names(unknown)}")
+        raise CheckpointError(
+            f"{folder / 'config.json'} has settings {cls.__name__} doesn't know: {name_list(unknown)}"
+        )
     try:
         module = cast("Any", cls).from_config(config)
     except CheckpointError:
@@ -338,149 +360,3 @@ def load_component(cls: type[Any], folder: str | Path) -> Any:
     if module.state_dict():
         load_weights(module, folder)
     return module.eval()
-
-
-# ------------------------------------------------------------------------------------------------- folders of models
-
-
-def file_checksum(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_checksums(folder: str | Path) -> None:
-    """Write ``checksums.json`` with the SHA-256 of every weight, config and tokenizer file in a folder.
-
-    Raises:
-        StorageError: It can't be written.
-    """
-    folder = Path(folder)
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and file.parent != folder and file.suffix in (".safetensors", ".json", ".model")
-    )
-    write_json(folder / CHECKSUMS_NAME, {file.relative_to(folder).as_posix(): file_checksum(file) for file in files})
-
-
-def verify_checksums(folder: str | Path) -> bool:
-    """Compare a folder with its ``checksums.json``.
-
-    Returns:
-        ``False`` when the folder has none (a model from elsewhere), ``True`` when all files agree.
-
-    Raises:
-        CheckpointError: A file is missing or differs.
-    """
-    folder = Path(folder)
-    if not (folder / CHECKSUMS_NAME).is_file():
-        return False
-    checksums = read_json(folder / CHECKSUMS_NAME)
-    missing = [name for name in checksums if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{folder} is incomplete: {len(missing)} files missing ({_names(missing)}); get it again")
-    changed = [name for name, digest in checksums.items() if file_checksum(folder / name) != digest]
-    if changed:
-        raise CheckpointError(f"{folder} is damaged: {_names(changed)} differ from {CHECKSUMS_NAME}; get it again")
-    return True
-
-
-def save_folder(
-    components: Mapping[str, Any],
-    folder: str | Path,
-    *,
-    index: Mapping[str, Any],
-    dtypes: Mapping[str, str] | None = None,
-    keep: Iterable[str] = ("card.md", "card.json"),
-) -> None:
-    """Write a model folder (``model_index.json`` and one subfolder per component) atomically, with checksums.
-
-    Args:
-        components: Component name → object; ``None`` is left out.
-        folder: Destination; an existing model folder is replaced as a whole.
-        index: Further entries of ``model_index.json``.
-        dtypes: Component name → dtype on disk; ``"float32"`` unless given.
-        keep: Files of an existing folder that survive the replacement.
-
-    Raises:
-        StorageError: It can't be written; what was there before is still there.
-    """
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX_NAME).is_file():
-        raise StorageError(f"could not write {folder}: the folder isn't empty and isn't a model; choose another one")
-    classes = {
-        name: [type(component).__module__.split(".")[0], type(component).__name__]
-        for name, component in components.items()
-        if component is not None
-    }
-    with atomic_folder(folder) as temporary:
-        for name, component in components.items():
-            if component is not None:
-                save_component(component, temporary / name, (dtypes or {}).get(name, "float32"))
-        write_json(temporary / INDEX_NAME, {**index, **classes})
-        write_checksums(temporary)
-        for name in keep:
-            if (folder / name).is_file():
-                shutil.copy2(folder / name, temporary / name)
-
-
-def packaged_models() -> list[str]:
-    """Names of the models that are part of the package."""
-    weights = resources.files("unialignment") / "weights"
-    if not weights.is_dir():
-        return []
-    return sorted(entry.name for entry in weights.iterdir() if (entry / INDEX_NAME).is_file())
-
-
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-
-
-def resolve_model(name: str | Path, revision: str | None = None) -> Path:
-    """Find a model's folder on disk.
-
-    Args:
-        name: Name of a packaged model (``"nano"``), a path, or a hub id (``"owner/name"``), which is downloaded once
-            (safetensors, configs and tokenizer only).
-        revision: Branch, tag or commit of a hub id.
-
-    Returns:
-        A folder.
-
-    Raises:
-        CheckpointError: There is no such model, or it can't be downloaded.
-    """
-    text = str(name).strip()
-    if not text or "\0" in text:
-        raise CheckpointError("expected the name or path of a model, got an empty or invalid one")
-    packaged = packaged_models()
-    if text in packaged:
-        return Path(str(resources.files("unialignment") / "weights" / text))
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise CheckpointError(f"{text} is a file; give the folder that holds {INDEX_NAME}")
-    known = f"known names: {', '.join(packaged) or 'none is packaged'}"
-    if isinstance(name, Path) or text.startswith((".", "/", "~")) or not _HUB_ID.match(text):
-        raise CheckpointError(
-            f"no model {text!r}: not a folder, nor a packaged model ({known}), nor a hub id owner/name"
-        )
-    return _download(text, revision, known)
-
-
-def _download(hub_id: str, revision: str | None, known: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.md"]
-            )
-        )
-    except Exception as error:  # the hub client raises its own, requests' or httpx' errors, by version
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"no folder {hub_id!r} here, and downloading it from the hub failed ({reason[:160]}); "
-            f"check the name and the network, or give a path ({known})"
-        ) from error

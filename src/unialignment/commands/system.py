@@ -1,0 +1,145 @@
+"""Commands around the model: train, eval, card, world build, info, demo. Each delegates to the room that does it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unialignment.commands import common
+from unialignment.errors import UniAlignmentError
+
+
+def _delegate(module: str, function: str, arguments: list[str]) -> int:
+    """Call ``module.function(arguments)`` and return its exit code."""
+    try:
+        call: Callable[[list[str]], Any] = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("unialignment"):
+            raise UniAlignmentError(f"this installation has no {module}; install the full package") from error
+        extra = "train" if ".training" in module else "eval"
+        raise UniAlignmentError(
+            f"this command needs the package {error.name}; run: pip install 'unialignment[{extra}]'"
+        ) from error
+    result = call(arguments)
+    return int(result) if isinstance(result, int) else 0
+
+
+def train(arguments: list[str]) -> int:
+    """Train a model from a configuration."""
+    return _delegate("unialignment.training.loop", "main", arguments)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure a model on the scene world."""
+    return _delegate("unialignment.evaluation.cli", "main", arguments)
+
+
+def card(arguments: list[str]) -> int:
+    """Write a model's card from its evaluation."""
+    return _delegate("unialignment.evaluation.cli", "card_main", arguments)
+
+
+def demo(arguments: list[str]) -> int:
+    """Run the main job once and write a contact sheet and a page."""
+    return _delegate("unialignment.demo", "main", arguments)
+
+
+def configure_world(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``unialign world``."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    build = actions.add_parser(
+        "build",
+        help="fetch artwork and build the sprite pack",
+        description="Fetch emoji artwork from the package registry and build the sprite pack of the scene world.",
+        epilog="example: unialign world build --source npm",
+    )
+    build.add_argument("--source", choices=("auto", "npm", "pip"), default="auto", help="where artwork comes from")
+    build.add_argument("-o", "--output", type=Path, metavar="FILE", help="sprite pack (default: the user's cache)")
+    common.add_output(build)
+
+
+def world(args: argparse.Namespace) -> int:
+    """Build the sprite pack."""
+    from unialignment.world.assets import build_pack
+
+    started = time.perf_counter()
+    options: dict[str, Any] = {}
+    if not args.quiet and not args.json:
+        options["progress"] = lambda *message: print(*message, file=sys.stderr)
+    path = build_pack(source=args.source, destination=args.output, **options)
+    common.say(args, {"path": str(path), "seconds": common.seconds(started)}, [str(path)])
+    return 0
+
+
+def configure_info(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``unialign info``."""
+    parser.add_argument("subject", nargs="?", help="a model (name, folder, hub id), or a picture made by this program")
+    common.add_output(parser)
+
+
+def info(args: argparse.Namespace) -> int:
+    """Say what is installed, what a model consists of, or how a picture was made."""
+    subject = args.subject
+    if subject is None:
+        data = _installation()
+    elif Path(subject).suffix.lower() in common.PICTURE_ENDINGS:
+        from unialignment.metadata import read_metadata
+
+        found = read_metadata(subject)
+        data = {"picture": subject, "metadata": found}
+        if found is None:
+            data["note"] = "carries no metadata of ours"
+    else:
+        data = _model(subject)
+    common.say(args, data, list(_flatten(data)))
+    return 0
+
+
+def _installation() -> dict[str, Any]:
+    import torch
+
+    from unialignment import __version__
+    from unialignment.model.folders import packaged_models
+
+    return {
+        "unialignment": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "packaged_models": packaged_models(),
+    }
+
+
+def _model(name: str) -> dict[str, Any]:
+    from unialignment.model.checkpoints import describe_weights, read_json
+    from unialignment.model.folders import INDEX_NAME, resolve_model, verify_checksums
+
+    folder = resolve_model(name)
+    index = read_json(folder / INDEX_NAME)
+    components: dict[str, Any] = {}
+    for component, entry in index.items():
+        if isinstance(entry, list) and (folder / component).is_dir():
+            components[component] = {"class": entry[-1], **describe_weights(folder / component)}
+    return {
+        "model": name,
+        "folder": str(folder),
+        "checksums": "verified" if verify_checksums(folder) else "none",
+        "components": components,
+    }
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, value in data.items():
+        if isinstance(value, dict):
+            lines += _flatten(value, f"{prefix}{key}.")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            lines.append(f"{prefix}{key}: {shown}")
+    return lines

@@ -1,0 +1,210 @@
+"""Model folders: where a model lies, what it consists of, and whether it is whole.
+
+A folder holds ``model_index.json``, one subfolder per component and ``checksums.json``. Knows nothing of what
+components compute, or of tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from unialignment.errors import CheckpointError, StorageError
+from unialignment.model.checkpoints import load_component, name_list, read_json, save_component
+from unialignment.storage import atomic_folder, write_json
+
+INDEX_NAME = "model_index.json"
+CHECKSUMS_NAME = "checksums.json"
+
+
+def file_checksum(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: str | Path) -> None:
+    """Write ``checksums.json`` with the SHA-256 of every weight, config and tokenizer file in a folder.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    folder = Path(folder)
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and file.parent != folder and file.suffix in (".safetensors", ".json", ".model")
+    )
+    write_json(folder / CHECKSUMS_NAME, {file.relative_to(folder).as_posix(): file_checksum(file) for file in files})
+
+
+def verify_checksums(folder: str | Path) -> bool:
+    """Compare a folder with its ``checksums.json``.
+
+    Returns:
+        ``False`` when the folder has none (a model from elsewhere), ``True`` when all files agree.
+
+    Raises:
+        CheckpointError: A file is missing or differs.
+    """
+    folder = Path(folder)
+    if not (folder / CHECKSUMS_NAME).is_file():
+        return False
+    checksums = read_json(folder / CHECKSUMS_NAME)
+    missing = [name for name in checksums if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is incomplete: {len(missing)} files missing ({name_list(missing)}); get it again"
+        )
+    changed = [name for name, digest in checksums.items() if file_checksum(folder / name) != digest]
+    if changed:
+        raise CheckpointError(f"{folder} is damaged: {name_list(changed)} differ from {CHECKSUMS_NAME}; get it again")
+    return True
+
+
+def save_folder(
+    components: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    index: Mapping[str, Any],
+    dtypes: Mapping[str, str] | None = None,
+    keep: Iterable[str] = ("card.md", "card.json"),
+) -> None:
+    """Write a model folder (``model_index.json`` and one subfolder per component) atomically, with checksums.
+
+    Args:
+        components: Component name → object; ``None`` is left out.
+        folder: Destination; an existing model folder is replaced as a whole.
+        index: Further entries of ``model_index.json``.
+        dtypes: Component name → dtype on disk; ``"float32"`` unless given.
+        keep: Files of an existing folder that survive the replacement.
+
+    Raises:
+        StorageError: It can't be written; what was there before is still there.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX_NAME).is_file():
+        raise StorageError(f"could not write {folder}: the folder isn't empty and isn't a model; choose another one")
+    classes = {
+        name: [type(component).__module__.split(".")[0], type(component).__name__]
+        for name, component in components.items()
+        if component is not None
+    }
+    with atomic_folder(folder) as temporary:
+        for name, component in components.items():
+            if component is not None:
+                save_component(component, temporary / name, (dtypes or {}).get(name, "float32"))
+        write_json(temporary / INDEX_NAME, {**index, **classes})
+        write_checksums(temporary)
+        for name in keep:
+            if (folder / name).is_file():
+                shutil.copy2(folder / name, temporary / name)
+
+
+def packaged_models() -> list[str]:
+    """Names of the models that are part of the package."""
+    weights = resources.files("unialignment") / "weights"
+    if not weights.is_dir():
+        return []
+    return sorted(entry.name for entry in weights.iterdir() if (entry / INDEX_NAME).is_file())
+
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+
+
+def resolve_model(name: str | Path, revision: str | None = None) -> Path:
+    """Find a model's folder on disk.
+
+    Args:
+        name: Name of a packaged model (``"nano"``), a path, or a hub id (``"owner/name"``), which is downloaded once
+            (safetensors, configs and tokenizer only).
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        A folder.
+
+    Raises:
+        CheckpointError: There is no such model, or it can't be downloaded.
+    """
+    text = str(name).strip()
+    if not text or "\0" in text:
+        raise CheckpointError("expected the name or path of a model, got an empty or invalid one")
+    packaged = packaged_models()
+    if text in packaged:
+        return Path(str(resources.files("unialignment") / "weights" / text))
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{text} is a file; give the folder that holds {INDEX_NAME}")
+    known = f"known names: {', '.join(packaged) or 'none is packaged'}"
+    if isinstance(name, Path) or text.startswith((".", "/", "~")) or not _HUB_ID.match(text):
+        raise CheckpointError(
+            f"no model {text!r}: not a folder, nor a packaged model ({known}), nor a hub id owner/name"
+        )
+    return _download(text, revision, known)
+
+
+def _download(hub_id: str, revision: str | None, known: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.md"]
+            )
+        )
+    except Exception as error:  # the hub client raises its own, requests' or httpx' errors, by version
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"no folder {hub_id!r} here, and downloading it from the hub failed ({reason[:160]}); "
+            f"check the name and the network, or give a path ({known})"
+        ) from error
+
+
+COMPONENTS = {
+    "UniAlignmentTransformer": "unialignment.model.transformer",
+    "TokenEmbedder": "unialignment.model.text",
+    "T5TextEmbedder": "unialignment.model.text",
+    "PixelAutoencoder": "unialignment.model.autoencoder",
+    "WorldAutoencoder": "unialignment.model.autoencoder",
+    "KLAutoencoder": "unialignment.model.autoencoder",
+    "TextTokenizer": "unialignment.model.tokenizer",
+}
+"""Classes that ``model_index.json`` may name; nothing else is ever imported on a file's word."""
+
+
+def load_folder(folder: str | Path, names: Iterable[str], verify: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a model folder.
+
+    Args:
+        folder: Written by :func:`save_folder`.
+        names: Components that must be there.
+        verify: Compare the files with their checksums first, if there are any.
+
+    Returns:
+        Component name → object in float32 and evaluation mode, and the contents of ``model_index.json``.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, of another version, or of a class that is not ours.
+    """
+    folder = Path(folder)
+    index = read_json(folder / INDEX_NAME)
+    if verify:
+        verify_checksums(folder)
+    components: dict[str, Any] = {}
+    for name in names:
+        entry = index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[1] in COMPONENTS):
+            raise CheckpointError(
+                f"{folder / INDEX_NAME} names no usable {name} (got {entry!r}); expected one of {', '.join(COMPONENTS)}"
+            )
+        cls = getattr(importlib.import_module(COMPONENTS[entry[1]]), entry[1])
+        components[name] = load_component(cls, folder / name)
+    return components, index
