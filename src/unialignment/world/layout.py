@@ -13,7 +13,7 @@ import numpy as np
 from unialignment.errors import InputError
 from unialignment.world.presets import WorldPreset
 from unialignment.world.scene import CANVAS_UNITS, Scene, SceneObject
-from unialignment.world.splits import combination_held_out
+from unialignment.world.splits import combination_held_out, is_held_out_style
 
 Split = Literal["train", "held_out"]
 
@@ -91,10 +91,9 @@ def sample_scene(
     for _ in range(_RESTARTS):
         chosen = _choose(dice, preset, split, number, required, repeat)
         if chosen is None:
-            if count is not None or least >= preset.max_objects:
-                break
-            # Some counts may not exist in this split, such as one held-out object where only pairs are held out.
-            number = least + dice.below(preset.max_objects + 1 - least)
+            if count is None:
+                # Some counts may not exist in this split, such as one held-out object where only pairs are held out.
+                number = least + dice.below(preset.max_objects + 1 - least)
             continue
         overlapping = overlap if overlap is not None else dice.unit() < OVERLAP_PROBABILITY
         objects = _place(dice, preset, chosen, overlapping and number >= 2)
@@ -177,7 +176,7 @@ def _choose(
     dice: _Dice, preset: WorldPreset, split: Split, count: int, required: tuple[str, ...], repeat: bool | None
 ) -> list[tuple[str, str, int]] | None:
     """Names, styles and sizes that honour the split, or ``None`` if none were found."""
-    for _ in range(_RESTARTS):
+    for _ in range(_TRIES):
         again = count >= 2 and (repeat if repeat is not None else dice.unit() < REPEAT_PROBABILITY)
         again = again and count > len(required)
         names = list(required)
@@ -186,14 +185,23 @@ def _choose(
             if name not in names:
                 names.append(name)
         objects = [
-            (name, preset.styles[dice.below(len(preset.styles))], preset.sizes[dice.below(len(preset.sizes))])
-            for name in names
+            (name, _style(dice, preset, split, name), preset.sizes[dice.below(len(preset.sizes))]) for name in names
         ]
         if again:
             objects.append(objects[dice.below(len(objects))])
         if combination_held_out(tuple((name, style) for name, style, _ in objects)) == (split == "held_out"):
             return objects
     return None
+
+
+def _style(dice: _Dice, preset: WorldPreset, split: Split, name: str) -> str:
+    style = preset.styles[dice.below(len(preset.styles))]
+    if split == "train" and is_held_out_style(name, style):
+        # Rejecting the whole scene instead would make such classes half as frequent in training as the others.
+        allowed = [other for other in preset.styles if not is_held_out_style(name, other)]
+        if allowed:
+            style = allowed[dice.below(len(allowed))]
+    return style
 
 
 def _check(
