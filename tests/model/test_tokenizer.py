@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from unialignment.errors import CheckpointError, InputError, StorageError
 from unialignment.model.tokenizer import TextTokenizer, normalise
+from unialignment.world.presets import BACKGROUNDS, NANO_NAMES, WorldPreset
+from unialignment.world.stream import all_language
 
 CORPUS = [
     "A large flat red apple, left of the shaded dog.",
@@ -53,6 +55,18 @@ def test_printable_text_comes_back_normalised(tokenizer: TextTokenizer, text: st
 def test_any_unicode_is_survived(tokenizer: TextTokenizer, text: str) -> None:
     ids, _ = tokenizer.encode([text], length=200)
     assert isinstance(tokenizer.decode(ids)[0], str) and normalise(normalise(text)) == normalise(text)
+
+
+def test_the_language_of_the_nano_world() -> None:
+    """Class names are whole, unseen texts come back exactly and nearly every word is one token."""
+    world = WorldPreset("nano", 64, NANO_NAMES, ("noto", "fluent"), (24, 32), 8, tuple(BACKGROUNDS), 3)
+    tokenizer = TextTokenizer.train(all_language(world, 2500, seed=0), 1024, words=world.names)
+    unseen = list(all_language(world, 600, seed=1))
+    ids, mask = tokenizer.encode(unseen)
+    assert tokenizer.decode(ids) == [normalise(text) for text in unseen]
+    assert all(normalise(name) == name and tokenizer.encode([name])[1].sum() == 1 for name in world.names)
+    words = sum(len(text.split()) for text in unseen)
+    assert int(mask.sum()) < 1.25 * words and not (ids == 2).any()
 
 
 def test_normalisation() -> None:
