@@ -75,6 +75,12 @@ def build_tiny_pipeline(seed: int = 0, attention_mode: str = "prefix", **options
 
 
 @pytest.fixture(scope="session")
+def make_tiny_pipeline():
+    """Builds tiny random models: ``make_tiny_pipeline(seed=0, attention_mode="prefix")``."""
+    return build_tiny_pipeline
+
+
+@pytest.fixture(scope="session")
 def tiny_pipeline():
     """A tiny random model; don't change it."""
     return build_tiny_pipeline()

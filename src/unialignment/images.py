@@ -2,7 +2,8 @@
 
 What is decided here: transparency is composited on white, EXIF rotation is applied, 16-bit pictures are scaled (not
 clipped) to 8 bits, embedded colour profiles are converted to sRGB, of animations the first frame counts, URLs are
-refused unless allowed, and a picture's size is judged from its header before a pixel is decoded. Knows nothing of models.
+refused unless allowed, and a picture's size is judged from its header before a pixel is decoded. Knows nothing of
+models.
 """
 
 from __future__ import annotations

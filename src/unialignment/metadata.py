@@ -1,8 +1,8 @@
 """Saving pictures together with how they were made, and reading that back.
 
 A PNG carries one iTXt chunk ``unialignment`` with JSON (prompt, seed, model, settings) and the plain chunks
-``Description`` and ``Software`` that picture viewers show; JPEG and WebP carry the same JSON in the EXIF field ImageDescription. Knows
-nothing of how pictures are made.
+``Description`` and ``Software`` that picture viewers show; JPEG and WebP carry the same JSON in the EXIF field
+ImageDescription. Knows nothing of how pictures are made.
 """
 
 from __future__ import annotations
