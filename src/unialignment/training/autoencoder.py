@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from unialignment.errors import ConfigError, UniAlignmentError
+from unialignment.storage import write_text
 from unialignment.training.checkpoint import (
     CheckpointStore,
     flatten_optimizer,
@@ -29,11 +30,11 @@ from unialignment.training.checkpoint import (
     restore_random_states,
     with_prefix,
     without_prefix,
-    write_atomic,
 )
 from unialignment.training.config import AutoencoderConfig, AutoencoderMixSection, load_config, to_yaml
 from unialignment.training.data import Prefetcher
 from unialignment.training.ema import ExponentialMovingAverage
+from unialignment.training.optimizer import build_optimizer
 from unialignment.training.logging import RunLog, duration, grid, table
 from unialignment.training.runtime import (
     StopRequest,
@@ -167,15 +168,7 @@ class AutoencoderTrainer:
         self.model.to(self.device).train()
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        decay = [p for p in self.model.parameters() if p.ndim > 1]
-        plain = [p for p in self.model.parameters() if p.ndim <= 1]
-        options = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=options.lr,
-            betas=options.betas,
-            eps=options.eps,
-        )
+        self.optimizer = build_optimizer(self.model, config.optimizer)
         self.ema = ExponentialMovingAverage(self.model, config.ema.decay, config.ema.warmup)
         self.progress = Progress(config.run.max_steps, config.run.budget_seconds)
         self.store = CheckpointStore(self.folder / "checkpoints", config.run.keep_checkpoints)
@@ -260,7 +253,7 @@ class AutoencoderTrainer:
         logs |= {"gradient_norm": float(norm), "learning_rate": options.lr * factor}
         if math.isfinite(logs["loss"]) and math.isfinite(logs["gradient_norm"]):
             self.optimizer.step()
-            self.ema.update(self.model)
+            self.ema.update()
         else:
             self.skipped += 1
             if self.skipped > self.config.run.max_skipped_steps:
@@ -271,11 +264,8 @@ class AutoencoderTrainer:
         self.progress.step += 1
         return logs
 
-    def train(self, resume: bool = True) -> Path:
-        """Train until the budget is spent or a signal arrives.
-
-        Args:
-            resume: Continue a run found in the folder; otherwise begin anew.
+    def train(self) -> Path:
+        """Train until the budget is spent or a signal arrives; continues a run found in the folder.
 
         Returns:
             The folder with the finished weights, or the run folder if stopped early.
@@ -284,9 +274,11 @@ class AutoencoderTrainer:
             StorageError: a checkpoint or log could not be written.
         """
         config = self.config
-        resumed = resume and self.resume()
+        if config.run.fresh:
+            self.store.clear()
+        resumed = self.resume()
         log = RunLog(self.folder, resume_step=self.resumed_at)
-        write_atomic(self.folder / "config.yaml", to_yaml(config).encode())
+        write_text(self.folder / "config.yaml", to_yaml(config))
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         self.console.print(
             f"Autoencoder, {size:.2f} M parameters, {config.batch_size} pictures a step, in {self.folder}"
@@ -365,7 +357,8 @@ class AutoencoderTrainer:
         self.model.eval()
         scores: dict[str, float] = {}
         rows: list[list[Pictures]] = []
-        with self.ema.applied(self.model):
+        # Other shapes and modes than in training: compiling them would cost minutes for a few passes.
+        with self.ema.applied(), torch.compiler.set_stance("force_eager"):
             for kind, pictures in self.validation.items():
                 outputs = []
                 for start in range(0, len(pictures), self.config.batch_size):
@@ -388,11 +381,12 @@ class AutoencoderTrainer:
 
     def finish(self, log: RunLog | None = None) -> Path:
         """Take the averaged weights, measure the latent statistics, validate, save; returns the weights folder."""
-        self.ema.copy_to(self.model)
+        self.ema.copy_to_model()
         self.model.eval()
         scores = self.validate(log)
         self.model.eval()
-        self.model.calibrate(self._sample_batches(max(1, 2048 // self.config.batch_size)))
+        with torch.compiler.set_stance("force_eager"):
+            self.model.calibrate(self._sample_batches(max(1, 2048 // self.config.batch_size)))
         self.model.to(memory_format=torch.contiguous_format)
         folder = self.folder / "autoencoder"
         self.model.save_pretrained(folder)
@@ -404,14 +398,14 @@ class AutoencoderTrainer:
             f"skipped. The weights in `autoencoder/` are the moving average.\n\n"
             "Peak signal-to-noise ratio on held-out pictures:\n\n" + table(["kind", "PSNR, dB"], rows) + "\n"
         )
-        write_atomic(self.folder / "summary.md", text.encode())
+        write_text(self.folder / "summary.md", text)
         self.console.print(f"Finished: weights in {folder}, summary in {self.folder / 'summary.md'}.")
         return folder
 
 
-def train_autoencoder(config: AutoencoderConfig, console: Console | None = None, resume: bool = True) -> Path:
+def train_autoencoder(config: AutoencoderConfig, console: Console | None = None) -> Path:
     """Train (or continue) the run that ``config`` describes; returns the weights folder."""
-    return AutoencoderTrainer(config, console).train(resume=resume)
+    return AutoencoderTrainer(config, console).train()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,14 +1,13 @@
 """Training checkpoints that are either complete or absent.
 
 A checkpoint is a folder ``step-00001234`` with ``tensors.safetensors``, ``state.json`` and ``manifest.json``
-(sizes and sha256 of the others). It is written beside its final place, synced to disk and renamed; only then does
+(sizes and sha256 of the others). It is written beside its final place, flushed to disk and renamed; only then does
 the ``latest`` pointer move. So a crash, a kill or a full disk leaves the previous checkpoint untouched and in
 force. No pickle is involved. Knows nothing of what the tensors mean.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -18,45 +17,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unialignment.errors import CheckpointError, StorageError
+from unialignment.model.folders import file_checksum
+from unialignment.storage import atomic_folder, storage_error, write_json, write_text
 
 PREFIX = "step-"
 LATEST = "latest"
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file and force it to disk. Separate so that tests can make it fail."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace one file by new content, completely or not at all.
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file and force it to disk. Separate so that tests can make it fail.
 
     Raises:
-        StorageError: it could not be written (disk full, no permission); the old content is still there.
+        StorageError: it could not be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(temporary, data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"Could not write {path}: {error.strerror or error}. The previous version is unchanged.") from error
+        save_file(tensors, path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:
+        raise storage_error(path, error) from error
 
 
 class CheckpointStore:
@@ -86,32 +71,20 @@ class CheckpointStore:
             StorageError: it could not be written; earlier checkpoints are intact and still the latest.
         """
         final = self.folder / f"{PREFIX}{step:08d}"
-        partial = self.folder / f".partial-{PREFIX}{step:08d}"
+        self._remove_partials()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_partials()
-            partial.mkdir()
-            files = {
-                "tensors.safetensors": save({k: v.detach().cpu().contiguous() for k, v in _unshare(tensors).items()}),
-                "state.json": json.dumps({"step": step, **state}).encode(),
-            }
-            manifest = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
-            for name, data in files.items():
-                write_bytes(partial / name, data)
-            write_bytes(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
-            _sync_folder(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(partial, final)
-            _sync_folder(self.folder)
-            write_atomic(self.folder / LATEST, final.name.encode())
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, StorageError):
-                raise
+            with atomic_folder(final) as partial:
+                own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+                write_tensors(partial / TENSORS, _unshare(own))
+                write_json(partial / STATE, {"step": step, **state})
+                files = {name: partial / name for name in (TENSORS, STATE)}
+                manifest = {n: {"bytes": f.stat().st_size, "sha256": file_checksum(f)} for n, f in files.items()}
+                write_json(partial / MANIFEST, manifest)
+            write_text(self.folder / LATEST, final.name)
+        except StorageError as error:
             raise StorageError(
-                f"Could not save the checkpoint of step {step} in {self.folder}: {error.strerror or error}. "
-                "Nothing was left half-written and earlier checkpoints are intact; free some space and resume."
+                f"Could not save the checkpoint of step {step}: {error}. Earlier checkpoints in {self.folder} are intact; "
+                "free some space and resume."
             ) from error
         self._prune()
         return final
@@ -134,8 +107,13 @@ class CheckpointStore:
             raise CheckpointError(f"No usable checkpoint in {self.folder}.")
         if not self._intact(folder):
             raise CheckpointError(f"The checkpoint {folder} is incomplete or damaged (its checksums do not match).")
-        state = json.loads((folder / "state.json").read_text())
-        return load_file(folder / "tensors.safetensors"), state
+        return load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
+
+    def clear(self) -> None:
+        """Remove every checkpoint of the run."""
+        for path in self._candidates():
+            shutil.rmtree(path, ignore_errors=True)
+        (self.folder / LATEST).unlink(missing_ok=True)
 
     def _candidates(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -152,19 +130,17 @@ class CheckpointStore:
     @staticmethod
     def _intact(folder: Path) -> bool:
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest = json.loads((folder / MANIFEST).read_text())
             for name, facts in manifest.items():
-                if (folder / name).stat().st_size != facts["bytes"]:
+                if (folder / name).stat().st_size != facts["bytes"] or file_checksum(folder / name) != facts["sha256"]:
                     return False
-                with (folder / name).open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                        return False
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return {"tensors.safetensors", "state.json"} <= set(manifest)
+        return {TENSORS, STATE} <= set(manifest)
 
     def _remove_partials(self) -> None:
-        for path in self.folder.glob(f".partial-{PREFIX}*"):
+        """What a killed save left behind; its names start with a dot, so nothing ever takes it for a checkpoint."""
+        for path in self.folder.glob(f".{PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:

@@ -48,6 +48,7 @@ class RunSection(Section):
     max_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps.")
     checkpoint_minutes: float = Field(5.0, gt=0, description="Minutes between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    fresh: bool = Field(False, description="Start over, removing the run folder's checkpoints, instead of resuming.")
     max_skipped_steps: int = Field(50, ge=0, description="Steps skipped for a non-finite loss before the run stops.")
 
     @model_validator(mode="after")
@@ -68,14 +69,20 @@ class WorldSection(Section):
     preset: str = Field("nano", description="World preset: nano, small or full.")
     pack: Path | None = Field(None, description="Sprite pack. Default: the user's cache.")
     split: Literal["train", "held_out"] = Field("train", description="Split to train on.")
+    varied: Fraction = Field(0.5, description="Share of freely worded prompts; the others are canonical captions.")
+    long: Fraction = Field(0.0, description="Share of long captions among the freely worded prompts.")
 
 
 class OptimizerSection(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonalised momentum for the blocks' matrices, AdamW for the rest."
+    )
     lr: float = Field(1e-3, gt=0, description="Base learning rate.")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0)
+    momentum: Fraction = Field(0.95, description="Muon's momentum.")
     weight_decay: float = Field(0.01, ge=0, description="Not applied to norms, biases and embeddings.")
     warmup_steps: int = Field(200, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape over the run's progress.")
@@ -132,6 +139,131 @@ class AutoencoderConfig(Section):
     validation_minutes: float = Field(4.0, gt=0)
     log_every: int = Field(20, ge=1, description="Steps between log lines.")
     initial: Path | None = Field(None, description="Weights folder to start from.")
+
+
+class TransformerModelSection(Section):
+    """What is trained."""
+
+    flavour: str = Field("nano", description="Named sizes: tiny, nano, small, base.")
+    transformer: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of UniAlignmentTransformer that differ from the flavour's."
+    )
+    initial: Path | None = Field(None, description="Model folder whose weights to start from, e.g. an earlier stage's.")
+
+
+class TextSection(Section):
+    """Tokenizer and text embedder."""
+
+    tokenizer: Path | None = Field(None, description="Tokenizer folder. Default: trained on the world's language.")
+    vocab_size: int = Field(1024, ge=64, description="Tokens of a tokenizer trained here.")
+    corpus: int = Field(20000, ge=100, description="Texts it is trained on.")
+    embedding_dim: int | None = Field(None, ge=8, description="Width of token vectors. Default: the transformer's.")
+    max_length: int = Field(128, ge=8, description="Longest text in tokens.")
+
+
+class AutoencoderSection(Section):
+    """The frozen image autoencoder."""
+
+    path: Path | None = Field(None, description="Weights folder; null: pixels.")
+
+
+class TeacherSection(Section):
+    """Frozen encoders for intrinsic alignment; their embeddings are computed once, before training."""
+
+    name: str | None = Field(None, description="package, or a transformers model folder; null: no intrinsic loss.")
+    pool: int = Field(20000, ge=1, description="Number of distinct scenes that paired tasks then draw from.")
+    cache: Path | None = Field(None, description="Folder of the embeddings. Default: teacher/ in the run folder.")
+
+
+class LossSection(Section):
+    """Weights of the losses (DESIGN section 4)."""
+
+    image: float = Field(1.0, ge=0)
+    text: float = Field(0.2, ge=0)
+    cross: float = Field(0.05, ge=0, description="Contrastive loss between conditions.")
+    intrinsic: float = Field(0.1, ge=0, description="Alignment with the teacher; needs teacher.name.")
+    temperature: float = Field(0.07, gt=0)
+    cross_form: Literal["condition", "published"] = "condition"
+    feature_layer: int | None = Field(None, ge=1, description="Block of the intrinsic loss. Default: a third.")
+    per_token: bool = False
+    published_projector: bool = False
+    projector_dim: int = Field(512, ge=8)
+
+
+class FlowSection(Section):
+    """Diffusion of pictures. Whether the network predicts velocity or x is model.transformer.prediction."""
+
+    logit_mean: float = Field(0.0, description="Mean of logit(sigma); above 0: more high noise.")
+    logit_std: float = Field(1.0, gt=0)
+    shift: float = Field(1.0, gt=0, description="Resolution shift.")
+    loss_space: Literal["velocity", "sample"] = "velocity"
+    weight_floor: Fraction = Field(0.0, description="With sample space: weight 1 / max(sigma, floor)^2; 0: weight 1.")
+
+
+class MaskedSection(Section):
+    """Diffusion of text."""
+
+    epsilon: float = Field(1e-3, gt=0, lt=1)
+    weighting: Literal["elbo", "uniform"] = "elbo"
+
+
+class LoggingSection(Section):
+    """What is recorded, and how often."""
+
+    tensorboard: bool = True
+    log_every: int = Field(20, ge=1, description="Steps between log lines.")
+    validation_minutes: float = Field(5.0, gt=0, description="Minutes between validations.")
+    validation_steps: int | None = Field(None, ge=1, description="Steps between validations, instead of minutes.")
+    validation_samples: int = Field(32, ge=1, description="Held-out samples per task.")
+    samples: bool = Field(True, description="Draw and decode a few samples per task at each validation.")
+    samples_per_task: int = Field(4, ge=1)
+    sampling_steps: int = Field(12, ge=1)
+    guidance_scale: float = Field(3.0, ge=1)
+
+
+class TransformerConfig(Section):
+    """A run that trains the unified transformer."""
+
+    kind: Literal["transformer"] = "transformer"
+    run: RunSection
+    world: WorldSection = Field(default_factory=WorldSection)
+    model: TransformerModelSection = Field(default_factory=TransformerModelSection)
+    text: TextSection = Field(default_factory=TextSection)
+    autoencoder: AutoencoderSection = Field(default_factory=AutoencoderSection)
+    teacher: TeacherSection = Field(default_factory=TeacherSection)
+    mixture: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=lambda: {"generate": 8, "edit": 6, "perceive": 6, "control": 2, "compose": 4, "caption": 8,
+                                 "answer": 6, "infill": 2},
+        description="Samples of each task in a micro-batch.",
+    )  # fmt: skip
+    task_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="Loss weight by task; 1 where absent."
+    )
+    prompt_dropout: Fraction = Field(0.1, description="Share of image targets trained without prompt, for guidance.")
+    micro_batches: int = Field(1, ge=1, description="Micro-batches per optimizer step; gradients are averaged.")
+    loss: LossSection = Field(default_factory=LossSection)
+    flow: FlowSection = Field(default_factory=FlowSection)
+    masked: MaskedSection = Field(default_factory=MaskedSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    ema: EmaSection = Field(default_factory=EmaSection)
+    data: DataSection = Field(default_factory=DataSection)
+    logging: LoggingSection = Field(default_factory=LoggingSection)
+    sampling: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Sampler defaults by task, stored with the weights."
+    )
+
+    @model_validator(mode="after")
+    def _has_samples(self) -> TransformerConfig:
+        if not any(self.mixture.values()):
+            raise ValueError("mixture: at least one task needs samples")
+        known = ("generate", "caption", "answer", "edit", "perceive", "control", "compose", "infill")
+        for section in ("mixture", "task_weights"):
+            for name in getattr(self, section):
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+                    hint = f", did you mean {near[0]!r}?" if near else ""
+                    raise ValueError(f"{section}: unknown task {name!r}{hint} (known: {', '.join(known)})")
+        return self
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -265,7 +397,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-KINDS: dict[str, type[Section]] = {"autoencoder": AutoencoderConfig}
+KINDS: dict[str, type[Section]] = {"autoencoder": AutoencoderConfig, "transformer": TransformerConfig}
 """Configuration class by the value of ``kind``."""
 
 

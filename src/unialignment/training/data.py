@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import traceback
@@ -28,7 +29,8 @@ def _work(factory: Callable[[], Producer[Any]], start: int, stride: int, out: An
         produce = factory()
         index = start
         while True:
-            item = (index, produce(index), None)
+            # Pickled here by value: queues would otherwise hand tensors over as file descriptors, which run out.
+            item = (index, pickle.dumps(produce(index), protocol=5), None)
             while True:
                 try:
                     out.put(item, timeout=5)
@@ -107,7 +109,7 @@ class Prefetcher(Generic[T]):
             raise RuntimeError(f"A data worker failed:\n{trace}")
         if index != self._next:
             raise RuntimeError(f"Data out of order: item {index} arrived where {self._next} was expected.")
-        return item  # type: ignore[no-any-return]
+        return pickle.loads(item)  # type: ignore[no-any-return]  # noqa: S301 - from our own worker
 
     def close(self) -> None:
         """Stop the workers; safe to call twice."""

@@ -28,9 +28,9 @@ class ExponentialMovingAverage:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self._names = [name for name, p in model.named_parameters() if p.requires_grad]
-        parameters = dict(model.named_parameters())
-        self.shadow: dict[str, Tensor] = {name: parameters[name].detach().clone().float() for name in self._names}
+        # Looked up once: walking the module tree at every step would cost more than the update of a small model.
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.shadow: dict[str, Tensor] = {n: p.detach().clone().float() for n, p in self._parameters.items()}
 
     def current_decay(self) -> float:
         """Decay that the next :meth:`update` uses."""
@@ -39,35 +39,31 @@ class ExponentialMovingAverage:
         return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """Move the average towards the model's present weights; call after each optimizer step."""
         weight = 1.0 - self.current_decay()
-        parameters = dict(model.named_parameters())
-        averages = [self.shadow[name] for name in self._names]
-        values = [parameters[name].detach().to(self.shadow[name].dtype) for name in self._names]
-        if averages:
-            torch._foreach_lerp_(averages, values, weight)
+        if self.shadow:
+            values = [p.detach().float() for p in self._parameters.values()]
+            torch._foreach_lerp_(list(self.shadow.values()), values, weight)
         self.updates += 1
 
     @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
+    def copy_to_model(self) -> None:
         """Overwrite the model's weights with the average."""
-        parameters = dict(model.named_parameters())
-        for name in self._names:
-            parameters[name].copy_(self.shadow[name].to(parameters[name].dtype))
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.shadow[name])
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Within the block the model has the averaged weights; afterwards exactly its own again."""
-        parameters = dict(model.named_parameters())
-        own = {name: parameters[name].detach().clone() for name in self._names}
-        self.copy_to(model)
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self.copy_to_model()
         try:
             yield
         finally:
             with torch.no_grad():
-                for name in self._names:
-                    parameters[name].copy_(own[name])
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(own[name])
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """The averages and the number of updates."""
@@ -81,7 +77,7 @@ class ExponentialMovingAverage:
             ValueError: an average has another shape than the model's parameter.
         """
         self.updates = int(state["updates"])
-        for name in self._names:
+        for name in self.shadow:
             value = state[f"shadow.{name}"]
             assert isinstance(value, Tensor)
             if value.shape != self.shadow[name].shape:

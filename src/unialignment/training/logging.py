@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 
 from unialignment.errors import StorageError
+from unialignment.training.schedule import Progress as RunProgress
 
 
 class RunLog:
@@ -99,6 +102,55 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+class Reporter:
+    """Progress on the console: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        console: Where to.
+        name: Of the run.
+        steps: Total, if known.
+        seconds_between: Least time between two lines when there is no terminal.
+    """
+
+    def __init__(self, console: Console, name: str, steps: int | None, seconds_between: float = 10.0) -> None:
+        self.console = console
+        self._steps = steps
+        self._between = seconds_between
+        self._last = -math.inf
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.1f} %"))
+            self._bar = Progress(*columns, TextColumn("{task.fields[facts]}"), console=console)
+            self._task = self._bar.add_task(name, total=1.0, facts="")
+
+    def __enter__(self) -> Reporter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, progress: RunProgress, means: dict[str, float], rate: float) -> None:
+        """Show where the run is."""
+        shown = {n.removeprefix("loss/"): v for n, v in means.items() if n.startswith("loss/")}
+        losses = " ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        step = f"step {progress.step}" + (f"/{self._steps}" if self._steps else "")
+        facts = f"{step}  {losses}  {rate:.0f} samples/s  left {duration(progress.remaining_seconds)}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=progress.fraction, facts=facts)
+        elif time.monotonic() - self._last >= self._between:
+            self.console.print(f"{100 * progress.fraction:5.1f} %  {facts}", highlight=False, soft_wrap=True)
+            self._last = time.monotonic()
+
+    def note(self, scores: dict[str, float]) -> None:
+        """Show validation scores: the loss of each task and, for prompts, the gap at the highest noise."""
+        tasks = "  ".join(f"{n.removeprefix('task/')} {v:.4f}" for n, v in scores.items() if n.startswith("task/"))
+        gaps = "  ".join(f"{n.split('/')[1]} {v:.4f}" for n, v in scores.items() if n.endswith("0.99/gap"))
+        self.console.print(f"held out: {tasks}" + (f"  | prompt gap: {gaps}" if gaps else ""), highlight=False, soft_wrap=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

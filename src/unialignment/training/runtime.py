@@ -72,7 +72,12 @@ def uncompile(modules: Iterable[nn.Module]) -> None:
 
 
 def compile_if_faster(
-    mode: str, modules: list[nn.Module], step: Callable[[], None], report: Callable[[str], None], repeats: int = 4
+    mode: str,
+    modules: list[nn.Module],
+    step: Callable[[], None],
+    report: Callable[[str], None],
+    repeats: int = 4,
+    dynamic: bool | None = False,
 ) -> bool:
     """Compile modules in place where it pays.
 
@@ -82,6 +87,7 @@ def compile_if_faster(
         step: One forward and backward pass on typical data, without lasting effects.
         report: Receives one sentence on what was found.
         repeats: Timed repetitions.
+        dynamic: torch.compile's: ``False``: one compilation per shape; ``None``: general code from the second shape on.
 
     Returns:
         Whether the modules are compiled now.
@@ -105,8 +111,10 @@ def compile_if_faster(
         eager = timed()
     began = time.perf_counter()
     try:
+        # One code serves all modules of a class, in every combination of arguments; the default limit of 8 is too few.
+        torch._dynamo.config.recompile_limit = 64
         for module in modules:
-            module.compile(dynamic=False)
+            module.compile(dynamic=dynamic)
         step()
         step()
         compiled = timed()
