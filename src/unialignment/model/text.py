@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5EncoderModel
@@ -189,8 +190,6 @@ class T5TextEmbedder(nn.Module):
             path = Path(folder) / _MASK_FILE
             attention = False
             if path.exists():
-                from safetensors import safe_open
-
                 with safe_open(str(path), framework="pt") as file:
                     metadata = file.metadata() or {}
                 mask_embedding = load_file(str(path))["mask_embedding"] if mask_embedding is None else mask_embedding
