@@ -88,6 +88,16 @@ def test_sprites_are_memoised_and_read_only(small_pack: Path) -> None:
         first[0] = 1
 
 
+def test_memory_for_scaled_sprites_is_bounded(small_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sprites, "SCALED_BYTES", 3 * 16 * 10 * 10)
+    pack = SpritePack.load(small_pack)
+    drawn = [pack.rgba(name, "plain", px) for px in (9, 10) for name in pack.names]
+    assert pack.rgba("square", "plain", 10) is drawn[-1]
+    again = pack.rgba("glass", "plain", 9)
+    assert again is not drawn[0], "the oldest left"
+    assert np.array_equal(again, drawn[0])
+
+
 @pytest.mark.parametrize(
     ("name", "style", "px"), [("nonsense", "plain", 8), ("square", "nonsense", 8), ("square", "plain", 0)]
 )

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,11 @@ FORMAT = "unialignment-sprite-pack"
 FORMAT_VERSION = 1
 MASTER_PX = 128
 """Side, in pixels, of the stored pictures."""
+
+SCALED_BYTES = 64 << 20
+"""Memory that a pack may hold scaled sprites in; every sprite of the nano preset takes 1 MB, of the full one 300."""
+
+Key = TypeVar("Key")
 
 BUILD_HINT = "run `unialign world build` to (re)build it"
 
@@ -54,6 +59,28 @@ def area_weights(source: int, target: int) -> np.ndarray:
     return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
 
 
+class ArrayCache(Generic[Key]):
+    """Arrays by key within a budget of memory; the oldest leave first.
+
+    Args:
+        limit: Most bytes to hold.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._arrays: dict[Key, tuple[np.ndarray, ...]] = {}
+        self.get = self._arrays.get
+
+    def put(self, key: Key, *arrays: np.ndarray) -> None:
+        """Keep arrays under a new key."""
+        self._arrays[key] = arrays
+        self._held += sum(array.nbytes for array in arrays)
+        while self._held > self._limit and len(self._arrays) > 1:
+            oldest = self._arrays.pop(next(iter(self._arrays)))
+            self._held -= sum(array.nbytes for array in oldest)
+
+
 class SpritePack:
     """Pictures of every class in every style.
 
@@ -74,7 +101,7 @@ class SpritePack:
         self._index: dict[str, list[list[int]]] = manifest["index"]
         self._position = {name: index for index, name in enumerate(self.names)}
         self._sprites = sprites
-        self._scaled: dict[tuple[str, str, int], np.ndarray] = {}
+        self._scaled = ArrayCache[tuple[str, str, int]](SCALED_BYTES)
         self._weights: dict[int, np.ndarray] = {}
 
     @property
@@ -110,7 +137,8 @@ class SpritePack:
             px: Side in pixels, at least 1.
 
         Returns:
-            Read-only float32 ``[px, px, 4]``, 0-1, colour premultiplied by alpha. The same array each time.
+            Read-only float32 ``[px, px, 4]``, 0-1, colour premultiplied by alpha. Kept for the next call, within
+            ``SCALED_BYTES`` in all.
 
         Raises:
             InputError: the class or style isn't in the pack, or ``px`` is less than 1.
@@ -118,17 +146,21 @@ class SpritePack:
         key = (name, style, px)
         found = self._scaled.get(key)
         if found is not None:
-            return found
+            return found[0]
         if px < 1:
             raise InputError(f"sprite size {px} px: expected at least 1")
-        straight = self.master(name, style).astype(np.float32) / 255
-        premultiplied = np.concatenate([straight[..., :3] * straight[..., 3:], straight[..., 3:]], -1)
+        premultiplied = self.master(name, style).astype(np.float32)
+        premultiplied *= np.float32(1 / 255)
+        premultiplied[..., :3] *= premultiplied[..., 3:]
         if px != MASTER_PX:
-            weights = self._weights.setdefault(px, area_weights(MASTER_PX, px))
-            premultiplied = np.einsum("ys,xt,stc->yxc", weights, weights, premultiplied, optimize=True)
+            weights = self._weights.get(px)
+            if weights is None:
+                weights = self._weights[px] = area_weights(MASTER_PX, px)
+            rows = (weights @ premultiplied.reshape(MASTER_PX, -1)).reshape(px, MASTER_PX, 4)
+            premultiplied = weights @ rows
         result = np.ascontiguousarray(np.clip(premultiplied, 0, 1), dtype=np.float32)
         result.flags.writeable = False
-        self._scaled[key] = result
+        self._scaled.put(key, result)
         return result
 
     @classmethod
