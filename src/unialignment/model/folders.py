@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -74,16 +73,16 @@ def save_folder(
     *,
     index: Mapping[str, Any],
     dtypes: Mapping[str, str] | None = None,
-    keep: Iterable[str] = ("card.md", "card.json"),
 ) -> None:
     """Write a model folder (``model_index.json`` and one subfolder per component) atomically, with checksums.
 
+    An existing model folder is replaced as a whole, its card included: a card of other weights would be wrong.
+
     Args:
         components: Component name → object; ``None`` is left out.
-        folder: Destination; an existing model folder is replaced as a whole.
+        folder: Destination.
         index: Further entries of ``model_index.json``.
         dtypes: Component name → dtype on disk; ``"float32"`` unless given.
-        keep: Files of an existing folder that survive the replacement.
 
     Raises:
         StorageError: It can't be written; what was there before is still there.
@@ -102,9 +101,6 @@ def save_folder(
                 save_component(component, temporary / name, (dtypes or {}).get(name, "float32"))
         write_json(temporary / INDEX_NAME, {**index, **classes})
         write_checksums(temporary)
-        for name in keep:
-            if (folder / name).is_file():
-                shutil.copy2(folder / name, temporary / name)
 
 
 def packaged_models() -> list[str]:

@@ -6,7 +6,10 @@ velocities and logits go out.
 
 from __future__ import annotations
 
+import inspect
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +17,8 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +31,7 @@ ATTENTION_MODES = ("joint", "prefix")
 
 
 @dataclass
-class TransformerOutput(BaseOutput):
+class TransformerOutput:
     """What a pass returns; entries that weren't asked for are ``None``.
 
     Attributes:
@@ -45,6 +49,10 @@ class TransformerOutput(BaseOutput):
     text_features: Tensor | None = None
     mid_image_features: Tensor | None = None
     mid_text_features: Tensor | None = None
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        """The entries that aren't ``None``, in the order above."""
+        return tuple(value for value in vars(self).values() if value is not None)
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,34 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         nn.init.zeros_(self.image_proj_out.weight)
         nn.init.zeros_(self.image_proj_out.bias)
         self.gradient_checkpointing = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> UniAlignmentTransformer:
+        """Loads a folder of ours or of the published checkpoint (``SD3JointModelFlexible``: the same names).
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            **kwargs: diffusers' (``subfolder``, ``torch_dtype``, ``device_map``, …).
+
+        Raises:
+            OSError: nothing there to load.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        config, weights = folder / "config.json", folder / SAFETENSORS_WEIGHTS_NAME
+        if config.is_file():
+            # diffusers replaces the keys listed in "_use_default_values" by the class's defaults, which aren't those of
+            # the class that wrote a published config. What the file says is what the weights need.
+            known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+            for key, value in json.loads(config.read_text()).items():
+                if key in known:
+                    kwargs.setdefault(key, value)
+        if weights.is_file() and "num_null_image_tokens" not in kwargs:
+            # The published config doesn't say how many null-image tokens there are; the weights do.
+            with safe_open(weights, framework="pt") as file:
+                if "null_image_embd" in file.keys():  # noqa: SIM118 - not a mapping
+                    kwargs["num_null_image_tokens"] = file.get_slice("null_image_embd").get_shape()[1]
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
 
     # ------------------------------------------------------------------ public passes
 
