@@ -180,7 +180,7 @@ def test_one_condition_is_encoded_once(tiny_pipeline, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(tiny_pipeline.transformer, "prefill", count)
     tiny_pipeline.edit(
-        picture(0), "replace the dog", num_images_per_prompt=5, num_inference_steps=4, guidance_scale=2.0
+        "replace the dog", picture(0), num_images_per_prompt=5, num_inference_steps=4, guidance_scale=2.0
     )
     assert rows == [1, 1]
 
@@ -206,7 +206,7 @@ def test_guidance_of_one_takes_one_pass_and_ignores_the_negative_prompt(tiny_pip
     tiny_pipeline.generate("the dog", guidance_scale=4.0, guidance_interval=(0.3, 0.8), **options)
     assert calls == [("full",), ("full", "no_text"), ("full", "no_text"), ("full",)]
     calls.clear()
-    tiny_pipeline.edit(picture(0), "red", guidance_scale=4.0, image_guidance_scale=1.5, num_inference_steps=1)
+    tiny_pipeline.edit("red", picture(0), guidance_scale=4.0, image_guidance_scale=1.5, num_inference_steps=1)
     assert calls == [("full", "no_text", "nothing")]
 
 
@@ -271,6 +271,21 @@ def test_sampled_texts_repeat_with_their_seed(tiny_pipeline, decoding: str):
     assert len({write(seed) for seed in range(6)}) > 1
 
 
+def test_a_prompt_in_own_words_goes_past_the_template(tiny_pipeline):
+    options = {"seed": 1, "num_inference_steps": 1}
+    by_kind = tiny_pipeline.perceive(picture(0), "segment", "the dog", **options)
+    in_words = tiny_pipeline.perceive(picture(0), prompt="segment the dog", **options)
+    other = tiny_pipeline.perceive(picture(0), prompt="the dog", **options)
+    assert by_kind.images[0].tobytes() == in_words.images[0].tobytes() != other.images[0].tobytes()
+    assert (by_kind.settings["kind"], in_words.settings["kind"]) == ("segment", None)
+    template = TASKS.get("control").templates["depth"].format(prompt="the dog")
+    pair = [
+        tiny_pipeline.control("the dog", picture(0), "depth", **options),
+        tiny_pipeline.control(template, picture(0), **options),
+    ]
+    assert pair[0].images[0].tobytes() == pair[1].images[0].tobytes()
+
+
 def test_heun_and_sizes(tiny_pipeline):
     euler, heun = (
         tiny_pipeline.generate("the dog", seed=1, num_inference_steps=3, solver=solver, width=24, height=48)
@@ -283,7 +298,7 @@ def test_heun_and_sizes(tiny_pipeline):
 
 def test_sources_of_any_shape_are_fitted(tiny_pipeline):
     wide = picture(0, (90, 30))
-    crop, pad = (tiny_pipeline.edit(wide, "red", seed=1, num_inference_steps=1, fit=fit) for fit in ("crop", "pad"))
+    crop, pad = (tiny_pipeline.edit("red", wide, seed=1, num_inference_steps=1, fit=fit) for fit in ("crop", "pad"))
     assert crop.images[0].size == pad.images[0].size == (32, 32)
     assert crop.images[0].tobytes() != pad.images[0].tobytes()
 
@@ -291,7 +306,7 @@ def test_sources_of_any_shape_are_fitted(tiny_pipeline):
 def test_one_picture_is_shared_by_many_questions_and_one_prompt_by_many_pictures(tiny_pipeline):
     answers = tiny_pipeline.answer(picture(0), ["what is the dog", "what is on the cat"])
     assert answers.prompts == ["what is the dog", "what is on the cat"]
-    assert len(tiny_pipeline.edit([picture(0), picture(1)], "red", num_inference_steps=1)) == 2
+    assert len(tiny_pipeline.edit("red", [picture(0), picture(1)], num_inference_steps=1)) == 2
 
 
 def test_saved_pictures_tell_how_to_repeat_them(tiny_pipeline, tmp_path: Path):
@@ -321,7 +336,7 @@ def test_a_model_survives_saving(tiny_pipeline, tmp_path: Path, stored: str):
 def test_bfloat16_arithmetic_runs_every_target(tiny_folder: Path):
     pipe = load(tiny_folder, device="cpu", dtype="bfloat16")
     assert pipe.dtype == torch.bfloat16
-    assert len(pipe.edit(picture(0), "red", num_inference_steps=2)) == 1
+    assert len(pipe.edit("red", picture(0), num_inference_steps=2)) == 1
     assert len(pipe.caption(picture(0))) == 1
     assert pipe.embed_image(picture(0)).dtype == torch.float32
 

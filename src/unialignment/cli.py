@@ -46,19 +46,19 @@ COMMANDS: dict[str, Command] = {
     "edit": Command(
         "change a picture by instruction",
         "images:edit",
-        'unialign edit dog.png "replace the dog with a cat" -o cat.png',
+        'unialign edit "replace the dog with a cat" dog.png -o cat.png',
         "configure_edit",
     ),
     "perceive": Command(
         "draw a picture's depth map, an object's mask, or edges",
         "images:perceive",
-        "unialign perceive dog.png --kind segment --of dog -o mask.png",
+        'unialign perceive dog.png --kind segment --of "the dog" -o mask.png',
         "configure_perceive",
     ),
     "control": Command(
         "draw a picture that follows a map",
         "images:control",
-        'unialign control depth.png "a dog on a blue background" --kind depth -o dog.png',
+        'unialign control "a dog on a blue background" depth.png --kind depth -o dog.png',
         "configure_control",
     ),
     "compose": Command(
@@ -86,9 +86,18 @@ COMMANDS: dict[str, Command] = {
         'unialign embed --image dog.png --text "a dog" "a cat"',
         "configure_embed",
     ),
-    "train": Command("train a model", "system:train", "unialign train configs/nano.yaml optimizer.lr=5e-4"),
-    "eval": Command("measure a model", "system:evaluate", "unialign eval --model nano"),
-    "card": Command("write a model's card from its evaluation", "system:card", "unialign card --model nano"),
+    "train": Command(
+        "train a model", "system:train", "unialign train configs/nano.yaml optimizer.lr=5e-4", "configure_train"
+    ),
+    "eval": Command(
+        "measure a model on held-out scenes",
+        "system:evaluate",
+        "unialign eval semgen-world --model nano --limit 100 --json",
+        "configure_evaluate",
+    ),
+    "card": Command(
+        "write a model's card from its evaluation", "system:card", "unialign card --model nano", "configure_card"
+    ),
     "world": Command("build the scene world's sprite pack", "system:world", "unialign world build", "configure_world"),
     "info": Command(
         "say what is installed, what a model consists of, or how a picture was made",

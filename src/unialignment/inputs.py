@@ -221,8 +221,10 @@ def _as_sources(task: Task, images: Images) -> list[tuple[ImageInput, ...]]:
     return [tuple(items)] if task.max_sources > 1 else [(item,) for item in items]
 
 
-def build_requests(task: Task, prompt: Prompts, images: Images, kind: str, negative: Prompts) -> list[Request]:
+def build_requests(task: Task, prompt: Prompts, images: Images, kind: str | None, negative: Prompts) -> list[Request]:
     """Check and pair prompts and pictures; a single one is shared by all of the other.
+
+    With ``kind=None`` a prompt is the whole condition text, past the task's template.
 
     Raises:
         InputError: Something is missing, empty, of the wrong type, or their numbers differ.
@@ -251,18 +253,24 @@ def build_requests(task: Task, prompt: Prompts, images: Images, kind: str, negat
     ]
 
 
-def _request(task: Task, prompt: str | None, sources: tuple[ImageInput, ...], kind: str, negative: str) -> Request:
+def _request(
+    task: Task, prompt: str | None, sources: tuple[ImageInput, ...], kind: str | None, negative: str
+) -> Request:
     task.check_sources(len(sources))
     if prompt is not None and not prompt.strip():
         raise InputError(f"{task.name}: the prompt is empty; write what you want")
+    if kind is None and not task.gaps:
+        if not prompt and task.prompt == "required":
+            raise InputError(f"{task.name}: give a kind ({', '.join(task.kinds)}), or a prompt that says all")
+        return Request(prompt or "", " ".join((prompt or "").split()), negative, None, sources)
     if not task.gaps:
-        return Request(prompt or "", task.condition_text(prompt or "", kind), negative, None, sources)
+        return Request(prompt or "", task.condition_text(prompt or "", kind or ""), negative, None, sources)
     if prompt is None:
         raise InputError(f"{task.name}: give a text with gaps, written [MASK] or ___")
     given = _GAP.sub("[MASK]", prompt)
     if "[MASK]" not in given:
         raise InputError(f"{task.name}: the text has no gap; write [MASK] or ___ for each missing word")
-    return Request(prompt, task.condition_text("", kind), negative, given, sources)
+    return Request(prompt, task.condition_text("", kind or ""), negative, given, sources)
 
 
 def expand_seeds(seed: Seed, count: int, each: int) -> list[list[int]]:

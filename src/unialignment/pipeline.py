@@ -218,20 +218,32 @@ class UniAlignmentPipeline:
         """Draw pictures from text; ``None`` as prompt draws whatever comes."""
         return self._images("generate", prompt, None, "", options)
 
-    def edit(self, image: Images, instruction: Prompts, **options: Unpack[ImageOptions]) -> ImageResult:
+    def edit(self, instruction: Prompts, image: Images, **options: Unpack[ImageOptions]) -> ImageResult:
         """Change pictures by instruction."""
         return self._images("edit", instruction, image, "", options)
 
     def perceive(
-        self, image: Images, kind: str = "depth", of: Prompts = None, **options: Unpack[ImageOptions]
+        self,
+        image: Images,
+        kind: str = "depth",
+        of: Prompts = None,
+        *,
+        prompt: Prompts = None,
+        **options: Unpack[ImageOptions],
     ) -> ImageResult:
-        """Draw maps of pictures: ``kind`` is ``"depth"``, ``"edges"``, or ``"segment"`` with ``of="the dog"``."""
+        """Draw maps of pictures.
+
+        ``kind`` is ``"depth"``, ``"edges"``, or ``"segment"`` with ``of="the dog"``. A ``prompt`` says all in own words
+        instead ("mark the dog in white").
+        """
+        if prompt is not None:
+            return self._images("perceive", prompt, image, None, options)
         return self._images("perceive", of, image, kind, options)
 
     def control(
-        self, prompt: Prompts, image: Images, kind: str = "depth", **options: Unpack[ImageOptions]
+        self, prompt: Prompts, image: Images, kind: str | None = None, **options: Unpack[ImageOptions]
     ) -> ImageResult:
-        """Draw pictures that follow maps of that ``kind``."""
+        """Draw pictures that follow maps; ``kind`` says of which kind they are, unless the prompt does."""
         return self._images("control", prompt, image, kind, options)
 
     def compose(self, instruction: Prompts, images: Images, **options: Unpack[ImageOptions]) -> ImageResult:
@@ -251,7 +263,7 @@ class UniAlignmentPipeline:
         return self._texts("infill", text, image, "", options)
 
     def run(
-        self, task: str, prompt: Prompts = None, images: Images = None, *, kind: str = "", **options: Any
+        self, task: str, prompt: Prompts = None, images: Images = None, *, kind: str | None = "", **options: Any
     ) -> ImageResult | TextResult:
         """Run any registered task.
 
@@ -259,7 +271,7 @@ class UniAlignmentPipeline:
             task: Its name.
             prompt: Condition text, or the text with gaps; one or a list.
             images: Condition pictures; one, a list, or a list of lists for tasks with several.
-            kind: One of the task's kinds; its first unless given.
+            kind: One of the task's kinds; its first unless given. ``None``: the prompt is the whole condition text.
             options: See :class:`~unialignment.inputs.ImageOptions` and :class:`~unialignment.inputs.TextOptions`.
 
         Raises:
@@ -339,7 +351,9 @@ class UniAlignmentPipeline:
     # ------------------------------------------------------------------------------------------------ picture targets
 
     @torch.no_grad()
-    def _images(self, name: str, prompt: Prompts, images: Images, kind: str, given: Mapping[str, Any]) -> ImageResult:
+    def _images(
+        self, name: str, prompt: Prompts, images: Images, kind: str | None, given: Mapping[str, Any]
+    ) -> ImageResult:
         task, options, requests = self._prepare(name, "image", prompt, images, kind, given)
         keep = options["num_images_per_prompt"]
         draw = max(keep, options["best_of"] or 1)
@@ -388,7 +402,7 @@ class UniAlignmentPipeline:
             prompts=[requests[samples[index][0]].prompt for index in chosen],
             task=task.name,
             model=self.name,
-            settings={**({"kind": kind} if kind else {}), "width": width, "height": height, **settings},
+            settings={**({} if kind == "" else {"kind": kind}), "width": width, "height": height, **settings},
             scores=[float(scores[index]) for index in chosen] if texts is not None else None,
         )
 
@@ -403,7 +417,9 @@ class UniAlignmentPipeline:
     # --------------------------------------------------------------------------------------------------- text targets
 
     @torch.no_grad()
-    def _texts(self, name: str, prompt: Prompts, images: Images, kind: str, given: Mapping[str, Any]) -> TextResult:
+    def _texts(
+        self, name: str, prompt: Prompts, images: Images, kind: str | None, given: Mapping[str, Any]
+    ) -> TextResult:
         task, options, requests = self._prepare(name, "text", prompt, images, kind, given)
         guidance = Guidance(options["guidance_scale"], options["image_guidance_scale"])
         decoding = TextDecoding(
@@ -449,7 +465,7 @@ class UniAlignmentPipeline:
             prompts=[request.prompt for request in requests],
             task=task.name,
             model=self.name,
-            settings={**({"kind": kind} if kind else {}), "max_length": length, **settings},
+            settings={**({} if kind == "" else {"kind": kind}), "max_length": length, **settings},
         )
 
     def _canvas(self, requests: Sequence[Request], length: int) -> Tensor:
@@ -469,7 +485,7 @@ class UniAlignmentPipeline:
     # ---------------------------------------------------------------------------------------------- what both share
 
     def _prepare(
-        self, name: str, target: str, prompt: Prompts, images: Images, kind: str, given: Mapping[str, Any]
+        self, name: str, target: str, prompt: Prompts, images: Images, kind: str | None, given: Mapping[str, Any]
     ) -> tuple[Task, dict[str, Any], list[Request]]:
         task = self.tasks.get(name)
         options = merge_options(task, self.sampling.get(name, {}), given)

@@ -31,8 +31,8 @@ def generate(args: argparse.Namespace) -> int:
 
 def configure_edit(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``unialign edit``."""
-    parser.add_argument("image", help="picture to change")
     parser.add_argument("instruction", help="what to change")
+    parser.add_argument("image", help="picture to change")
     common.add_image_sampling(parser, sources=True)
     common.add_model(parser)
 
@@ -42,7 +42,7 @@ def edit(args: argparse.Namespace) -> int:
     common.check_output(args)
     pipe = common.load_pipeline(args)
     started = time.perf_counter()
-    result = pipe.edit(args.image, args.instruction, **common.image_options(args))
+    result = pipe.edit(args.instruction, args.image, **common.image_options(args))
     return common.report_images(args, result, "edit", started)
 
 
@@ -50,7 +50,8 @@ def configure_perceive(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``unialign perceive``."""
     parser.add_argument("image", nargs="+", help="pictures to look at")
     parser.add_argument("--kind", default="depth", help="what to show: depth, segment, edges (default: %(default)s)")
-    parser.add_argument("--of", metavar="WHAT", help="the object meant, for --kind segment")
+    parser.add_argument("--of", metavar="WHAT", help='the object meant, for --kind segment, e.g. "the dog"')
+    parser.add_argument("--prompt", metavar="TEXT", help="say it in own words instead of --kind and --of")
     common.add_image_sampling(parser, sources=True)
     common.add_model(parser)
 
@@ -60,17 +61,15 @@ def perceive(args: argparse.Namespace) -> int:
     common.check_output(args)
     pipe = common.load_pipeline(args)
     started = time.perf_counter()
-    result = pipe.perceive(args.image, args.kind, of=args.of, **common.image_options(args))
+    result = pipe.perceive(args.image, args.kind, args.of, prompt=args.prompt, **common.image_options(args))
     return common.report_images(args, result, args.kind, started)
 
 
 def configure_control(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``unialign control``."""
-    parser.add_argument("map", help="depth map, mask or edges to follow")
     parser.add_argument("prompt", help="what to draw")
-    parser.add_argument(
-        "--kind", default="depth", help="what the map shows: depth, segment, edges (default: %(default)s)"
-    )
+    parser.add_argument("map", help="depth map, mask or edges to follow")
+    parser.add_argument("--kind", help="what the map shows: depth, segment, edges (default: the prompt says it)")
     common.add_image_sampling(parser, sources=True)
     common.add_model(parser)
 

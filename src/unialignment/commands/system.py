@@ -7,7 +7,6 @@ import importlib
 import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,65 @@ from unialignment.commands import common
 from unialignment.errors import UniAlignmentError
 
 
-def _delegate(module: str, function: str, arguments: list[str]) -> int:
-    """Call ``module.function(arguments)`` and return its exit code."""
+def _need(module: str, extra: str) -> Any:
+    """Import a module of ours, or say which optional packages are missing."""
     try:
-        call: Callable[[list[str]], Any] = getattr(importlib.import_module(module), function)
+        return importlib.import_module(f"unialignment.{module}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("unialignment"):
-            raise UniAlignmentError(f"this installation has no {module}; install the full package") from error
-        extra = "train" if ".training" in module else "eval"
+            raise UniAlignmentError(
+                f"this installation has no unialignment.{module}; install the package again"
+            ) from error
         raise UniAlignmentError(
             f"this command needs the package {error.name}; run: pip install 'unialignment[{extra}]'"
         ) from error
-    result = call(arguments)
-    return int(result) if isinstance(result, int) else 0
 
 
-def train(arguments: list[str]) -> int:
-    """Train a model from a configuration."""
-    return _delegate("unialignment.training.loop", "main", arguments)
+def configure_train(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``unialign train``."""
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("override", nargs="*", metavar="key=value", help="settings to change, by dotted name")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, progress on stderr")
 
 
-def evaluate(arguments: list[str]) -> int:
+def train(args: argparse.Namespace) -> int:
+    """Train a model from a configuration; an interrupted run continues where it was."""
+    loop = _need("training.loop", "train")
+    started = time.perf_counter()
+    console = None
+    if args.json:  # standard output is for the result alone
+        from rich.console import Console
+
+        console = Console(stderr=True)
+    folder = loop.run(args.config, args.override, console)
+    if args.json:
+        common.say(args, {"path": str(folder), "seconds": common.seconds(started)}, [])
+    return 0
+
+
+def configure_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``unialign eval``."""
+    _need("evaluation.cli", "eval").add_arguments(parser)
+
+
+def evaluate(args: argparse.Namespace) -> int:
     """Measure a model on the scene world."""
-    return _delegate("unialignment.evaluation.cli", "main", arguments)
+    return int(_need("evaluation.cli", "eval").run(args))
 
 
-def card(arguments: list[str]) -> int:
+def configure_card(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``unialign card``."""
+    _need("evaluation.cli", "eval").add_card_arguments(parser)
+
+
+def card(args: argparse.Namespace) -> int:
     """Write a model's card from its evaluation."""
-    return _delegate("unialignment.evaluation.cli", "card_main", arguments)
+    return int(_need("evaluation.cli", "eval").run_card(args))
 
 
 def demo(arguments: list[str]) -> int:
     """Run the main job once and write a contact sheet and a page."""
-    return _delegate("unialignment.demo", "main", arguments)
+    return int(_need("demo", "world").main(arguments) or 0)
 
 
 def configure_world(parser: argparse.ArgumentParser) -> None:
