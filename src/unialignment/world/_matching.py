@@ -1,6 +1,6 @@
 """Least-squares template matching: how much of a picture's error does one more sprite explain, anywhere, at any depth?
 
-Knows templates (premultiplied RGBA), canvases and arithmetic; knows nothing of scenes, classes, search or acceptance.
+Knows templates (premultiplied RGBA), canvases and arithmetic; knows nothing of classes, search or acceptance.
 
 One sprite with premultiplied colour ``S`` and coverage ``a`` is drawn between what lies behind it, ``B``, and what lies in
 front of it (premultiplied colour ``F``, transmittance ``w``):
@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+Key = tuple[int, int]
+"""A template: index of class and style, side in scene units."""
 
 CORRELATION_CHANNELS = 4
 """The first features carry ``<wD, S - aB>``; the other five carry the template's energy ``|w (S - aB)|^2``."""
@@ -33,52 +35,53 @@ CORRELATION_CHANNELS = 4
 def blur_matrix(size: int, sigma: float, pad: int = 0) -> Array:
     """Matrix ``[size + 2 pad, size]`` that blurs one axis with a Gaussian of ``sigma`` pixels.
 
-    Without padding rows are renormalised (the picture's edge does not darken); with padding the signal is taken as zero
-    outside, as a sprite's coverage is. ``sigma = 0`` only pads.
+    Without padding rows are renormalised (a picture's edge does not darken); with padding the signal is zero outside, as a
+    sprite's coverage is.
     """
     target = np.arange(size + 2 * pad, dtype=np.float64) - pad
-    distance = target[:, None] - np.arange(size, dtype=np.float64)[None]
-    if sigma <= 0:
-        return (distance == 0).astype(np.float32)
-    kernel = np.exp(-0.5 * (distance / sigma) ** 2)
+    kernel = np.exp(-0.5 * ((target[:, None] - np.arange(size)[None]) / sigma) ** 2)
     norm = np.exp(-0.5 * (np.arange(-64, 65) / sigma) ** 2).sum() if pad else kernel.sum(axis=1, keepdims=True)
-    return (kernel / norm).astype(np.float32)
+    return np.asarray(kernel / norm, dtype=np.float32)
 
 
-def apply_separable(image: Array, matrix: Array) -> Array:
-    """``matrix`` applied along both leading axes of ``image [H, W, C]``."""
-    rows = np.tensordot(matrix, image, axes=(1, 0))
-    return np.ascontiguousarray(np.moveaxis(np.tensordot(matrix, rows, axes=(1, 1)), 0, 1))
+def shrink_matrix(size: int, factor: int, offset: int = 0) -> Array:
+    """Matrix ``[size / factor, size]`` of block means; blocks begin at ``offset``, the last one may be cut short."""
+    block = (np.arange(size) - offset) // factor
+    matrix = (np.arange(size // factor)[:, None] == block[None]).astype(np.float32)
+    return np.asarray(matrix / matrix.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
-def shrink(image: Array, factor: int) -> Array:
-    """Mean over ``factor x factor`` blocks of ``image [H, W, C]``."""
-    if factor == 1:
-        return image
+def apply_separable(image: Array, rows: Array, columns: Array | None = None) -> Array:
+    """``rows`` applied along the first axis of ``image [H, W, C]``, ``columns`` (by default the same) along the second."""
     height, width, channels = image.shape
-    return image.reshape(height // factor, factor, width // factor, factor, channels).mean(axis=(1, 3))
+    first = (rows @ image.reshape(height, -1)).reshape(-1, width, channels)
+    return np.ascontiguousarray((rows if columns is None else columns) @ first)
 
 
-def canvas_features(image: Array, behind: Array, front: Array | None, weight: Array | None) -> Array:
-    """Nine features per pixel, ``[H, W, 9]``; ``front=None`` means nothing lies in front."""
-    height, width, _ = image.shape
-    features = np.empty((height, width, 9), dtype=np.float32)
+def canvas_features(picture: Array, behind: Array, front: Array | None, weight: Array | None, pad: int) -> Array:
+    """Nine features per pixel, ``[H + 2 pad, W + 2 pad, 9]``.
+
+    Args:
+        picture: ``[H, W, 3]``.
+        behind: What lies behind the sprite, ``[H, W, 3]``.
+        front: Premultiplied colour of what lies in front, or ``None`` for nothing.
+        weight: Transmittance ``[H, W, 1]`` of what lies in front, or ``None``.
+        pad: Zero features around the canvas: what is drawn there neither explains nor costs anything.
+    """
+    height, width, _ = picture.shape
+    padded = np.zeros((height + 2 * pad, width + 2 * pad, 9), dtype=np.float32)
+    features = padded[pad : pad + height, pad : pad + width]
     if front is None or weight is None:
-        difference = image - behind
-        features[..., 0:3] = difference
-        features[..., 3] = np.einsum("hwc,hwc->hw", difference, behind)
+        features[..., 0:3] = picture - behind
         features[..., 4] = 1.0
         features[..., 5:8] = behind
-        features[..., 8] = np.einsum("hwc,hwc->hw", behind, behind)
-        return features
-    difference = image - front - weight * behind
-    features[..., 0:3] = weight * difference
-    features[..., 3] = weight[..., 0] * np.einsum("hwc,hwc->hw", difference, behind)
-    square = weight * weight
-    features[..., 4] = square[..., 0]
-    features[..., 5:8] = square * behind
-    features[..., 8] = square[..., 0] * np.einsum("hwc,hwc->hw", behind, behind)
-    return features
+    else:
+        features[..., 0:3] = weight * (picture - front - weight * behind)
+        features[..., 4:5] = weight * weight
+        features[..., 5:8] = features[..., 4:5] * behind
+    features[..., 3] = (features[..., 0:3] * behind).sum(-1)
+    features[..., 8] = (features[..., 5:8] * behind).sum(-1)
+    return padded
 
 
 def template_weights(rgba: Array) -> Array:
@@ -87,15 +90,10 @@ def template_weights(rgba: Array) -> Array:
     weights = np.empty((*rgba.shape[:-1], 9), dtype=np.float32)
     weights[..., 0:3] = colour
     weights[..., 3:4] = -alpha
-    weights[..., 4] = np.einsum("...c,...c->...", colour, colour)
+    weights[..., 4] = (colour * colour).sum(-1)
     weights[..., 5:8] = -2.0 * alpha * colour
     weights[..., 8:9] = alpha * alpha
     return weights
-
-
-def pad_features(features: Array, pad: int) -> Array:
-    """Zero features outside the canvas: what is drawn there neither explains nor costs anything."""
-    return np.pad(features, ((pad, pad), (pad, pad), (0, 0)))
 
 
 @dataclass(frozen=True)
@@ -103,87 +101,90 @@ class ScanBank:
     """All templates of one size at scan resolution.
 
     Attributes:
-        keys: Template key of each row.
         correlation: ``[T, n * n * 4]``.
-        energy: ``[T, n * n * 5]``.
-        side: ``n``, padded side in scan pixels.
+        energy: ``[T, n * n * 5 / 4]``, summed over blocks of 2 x 2 pixels: what lies behind a sprite is smooth nearly everywhere,
+            and where it isn't, an approximate energy is good enough for choosing candidates.
+        side: ``n``, padded side in scan pixels, even.
+        starts: Left and top edges searched, in scan pixels.
     """
 
-    keys: tuple[tuple[int, int], ...]
     correlation: Array
     energy: Array
     side: int
+    starts: NDArray[np.int64]
 
     @classmethod
-    def build(cls, keys: tuple[tuple[int, int], ...], templates: list[Array]) -> ScanBank:
+    def build(cls, templates: list[Array], starts: NDArray[np.int64]) -> ScanBank:
         """From premultiplied templates ``[n, n, 4]`` at scan resolution."""
         weights = template_weights(np.stack(templates))
         count, side = weights.shape[:2]
+        blocks = weights[..., CORRELATION_CHANNELS:].reshape(count, side // 2, 2, side // 2, 2, -1).sum((2, 4))
         return cls(
-            keys=keys,
             correlation=weights[..., :CORRELATION_CHANNELS].reshape(count, -1).copy(),
-            energy=weights[..., CORRELATION_CHANNELS:].reshape(count, -1).copy(),
+            energy=blocks.reshape(count, -1).copy(),
             side=side,
+            starts=starts,
         )
 
-    def scan(self, padded: Array, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Correlation and energy of every template at every ``(row, column)``.
+    def scan(self, features: Array) -> tuple[Array, Array]:
+        """Gain and energy ``|w (S - aB)|^2`` of every template at every start.
 
         Args:
-            padded: Zero-padded features ``[H + 2, W + 2, 9]`` at scan resolution.
-            rows: Top edges in the padded canvas.
-            columns: Left edges in the padded canvas.
+            features: Padded features at scan resolution.
 
         Returns:
-            ``<wD, S - aB>`` and ``|w (S - aB)|^2``, each ``[T, len(rows) * len(columns)]``.
+            Each ``[T, len(starts)**2]``, position ``row * len(starts) + column``.
         """
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (self.side, self.side), axis=(0, 1))
-        patches = windows[rows[:, None], columns[None, :]]  # [r, c, 9, n, n]
-        patches = patches.reshape(len(rows) * len(columns), 9, -1).transpose(0, 2, 1)
-        first = np.ascontiguousarray(patches[..., :CORRELATION_CHANNELS]).reshape(len(patches), -1)
-        second = np.ascontiguousarray(patches[..., CORRELATION_CHANNELS:]).reshape(len(patches), -1)
-        return self.correlation @ first.T, self.energy @ second.T
+        rows, columns = self.starts[:, None], self.starts[None, :]
+        sharp = features[..., :CORRELATION_CHANNELS]
+        windows = np.lib.stride_tricks.sliding_window_view(sharp, (self.side, self.side), axis=(0, 1))
+        first = windows[rows, columns].transpose(0, 1, 3, 4, 2).reshape(self.starts.size**2, -1)
+        coarse = features[..., CORRELATION_CHANNELS:]
+        coarse = 0.25 * (coarse[:-1, :-1] + coarse[1:, :-1] + coarse[:-1, 1:] + coarse[1:, 1:])
+        windows = np.lib.stride_tricks.sliding_window_view(coarse, (self.side - 1, self.side - 1), axis=(0, 1))
+        second = windows[rows, columns][..., ::2, ::2].transpose(0, 1, 3, 4, 2).reshape(self.starts.size**2, -1)
+        energy = self.energy @ second.T
+        gain = self.correlation @ first.T
+        gain *= 2.0
+        gain -= energy
+        return gain, energy
 
 
 class TemplateCache:
-    """Blurred, padded full-resolution templates and their weights, least recently used ones dropped.
+    """Blurred, padded full-resolution templates and their weights; the least recently used ones are dropped.
 
     Args:
-        load: ``key -> premultiplied rgba [n, n, 4]`` at full resolution, unblurred.
+        load: Gives the premultiplied sprite ``[n, n, 4]`` of a key at full resolution.
         sigma: Blur in pixels.
         pad: Padding in pixels on each side, room for the blur.
         capacity: Templates kept.
     """
 
-    def __init__(self, load: Callable[[tuple[int, int]], Array], sigma: float, pad: int, capacity: int) -> None:
+    def __init__(self, load: Callable[[Key], Array], sigma: float, pad: int, capacity: int) -> None:
         self._load, self._sigma, self._pad, self._capacity = load, sigma, pad, capacity
         self._matrices: dict[int, Array] = {}
-        self._entries: OrderedDict[tuple[int, int], tuple[Array, Array]] = OrderedDict()
+        self._entries: OrderedDict[Key, tuple[Array, Array]] = OrderedDict()
 
-    def rgba(self, key: tuple[int, int]) -> Array:
+    def rgba(self, key: Key) -> Array:
         """Blurred premultiplied template ``[n + 2 pad, n + 2 pad, 4]``."""
         return self._get(key)[0]
 
-    def weights(self, key: tuple[int, int]) -> Array:
+    def weights(self, key: Key) -> Array:
         """Matching weights ``[n + 2 pad, n + 2 pad, 9]``."""
         return self._get(key)[1]
 
-    def blurred(self, key: tuple[int, int]) -> Array:
-        """Like :meth:`rgba`, without keeping it."""
+    def _get(self, key: Key) -> tuple[Array, Array]:
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+            return entry
         sharp = self._load(key)
         size = sharp.shape[0]
         if size not in self._matrices:
             self._matrices[size] = blur_matrix(size, self._sigma, self._pad)
-        return apply_separable(sharp, self._matrices[size])
-
-    def _get(self, key: tuple[int, int]) -> tuple[Array, Array]:
-        entry = self._entries.get(key)
-        if entry is None:
-            rgba = self.blurred(key)
-            entry = (rgba, template_weights(rgba))
-            self._entries[key] = entry
-            if len(self._entries) > self._capacity:
-                self._entries.popitem(last=False)
-        else:
-            self._entries.move_to_end(key)
+        rgba = apply_separable(sharp, self._matrices[size])
+        entry = rgba, template_weights(rgba)
+        self._entries[key] = entry
+        if len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)
         return entry

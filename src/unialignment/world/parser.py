@@ -18,8 +18,8 @@ Both are measured after a Gaussian of one pixel, so that mild blur and pixel noi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,18 +27,18 @@ from numpy.typing import NDArray
 from unialignment.errors import InputError
 from unialignment.world._matching import (
     Array,
+    Key,
     ScanBank,
     TemplateCache,
     apply_separable,
     blur_matrix,
-    canvas_features,
-    pad_features,
-    shrink,
+    shrink_matrix,
 )
+from unialignment.world._search import Geometry, Placed, Search, Synthesis
 from unialignment.world.presets import WorldPreset
-from unialignment.world.render import Renderer
+from unialignment.world.render import background_image
 from unialignment.world.scene import CANVAS_UNITS, Scene, SceneObject
-from unialignment.world.sprites import SpritePack
+from unialignment.world.sprites import MASTER_PX, SpritePack, area_weights
 
 ACCEPT = 0.5
 """Default acceptance threshold on an object's score."""
@@ -49,11 +49,25 @@ DETAIL_SIGMA = 3.0
 SCAN_UNITS = 2
 """Scene units per pixel of the coarse search over all templates and positions."""
 
-PAD_UNITS = 2
+PAD_UNITS = 4
 """Room for the blur around a template, in scene units."""
+
+SCAN_PAD = 1
+"""The same in the coarse search, in its pixels."""
 
 MATCH_SIGMA = 1.0
 """Blur of picture and templates before matching, in pixels."""
+
+BACKGROUND_TOLERANCE = 0.08
+"""Standard deviation of the robust vote for a background: RGB distance on the 0-1 scale."""
+
+ENOUGH_VISIBLE = 0.25
+"""Objects of which less than this fraction is visible have their score reduced in proportion: almost any sprite hidden
+behind another would explain the few pixels that show."""
+
+BLUR_LEVELS = (1.5, 2.1)
+"""Blurs of the templates tried besides ``MATCH_SIGMA`` when the picture itself is not sharp, in pixels at 64 px; the last
+one grows with the resolution."""
 
 
 @dataclass(frozen=True)
@@ -167,45 +181,26 @@ def _mismatch(a: SceneObject, b: SceneObject) -> float:
 
 
 def _assign(cost: NDArray[np.float64]) -> dict[int, int]:
-    """Row -> column of a cheapest assignment of ``min(rows, columns)`` pairs."""
+    """Row -> column of a cheapest assignment of ``min(rows, columns)`` pairs, by dynamic programming over column sets."""
     rows, columns = cost.shape
-    if min(rows, columns) == 0:
-        return {}
-    if max(rows, columns) > 6:
-        from scipy.optimize import linear_sum_assignment
-
-        return {int(r): int(c) for r, c in zip(*linear_sum_assignment(cost), strict=True)}
     if rows > columns:
         return {row: column for column, row in _assign(cost.T).items()}
-    best = min(permutations(range(columns), rows), key=lambda order: sum(cost[r, c] for r, c in enumerate(order)))
-    return dict(enumerate(best))
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A template on the canvas: ``key = (appearance, size)``, left and top edge in scene units."""
-
-    key: tuple[int, int]
-    x: int
-    y: int
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """A placement and the squared error it explains; ``energy`` is what a perfect match would explain."""
-
-    placed: _Placed
-    gain: float
-    energy: float
-
-    @property
-    def merit(self) -> float:
-        """Gain, discounted when the template promised more than it explained: a sprite that covers two others does that."""
-        return self.gain * float(np.clip(self.gain / max(self.energy, 1e-6), 0.0, 1.0))
+    best: dict[frozenset[int], tuple[float, dict[int, int]]] = {frozenset(): (0.0, {})}
+    for row in range(rows):
+        grown: dict[frozenset[int], tuple[float, dict[int, int]]] = {}
+        for taken, (total, pairs) in best.items():
+            for column in set(range(columns)) - taken:
+                key, value = taken | {column}, total + float(cost[row, column])
+                if key not in grown or value < grown[key][0]:
+                    grown[key] = value, {**pairs, row: column}
+        best = grown
+    return min(best.values(), key=lambda entry: entry[0])[1]
 
 
 class SceneParser:
     """Analysis-by-synthesis parser for the pictures of one preset.
+
+    Not safe for use by several threads at once (it keeps recently used templates).
 
     Args:
         pack: The sprites.
@@ -220,40 +215,64 @@ class SceneParser:
         pack: SpritePack,
         preset: WorldPreset,
         threshold: float = ACCEPT,
-        candidates: int = 12,
-        sweeps: int = 2,
+        candidates: int = 16,
+        sweeps: int = 3,
     ) -> None:
         self.preset, self.threshold = preset, threshold
         self._candidates, self._sweeps = candidates, sweeps
-        self._side = preset.resolution
-        self._unit = preset.resolution // CANVAS_UNITS
-        self._pad = PAD_UNITS * self._unit
-        self._shrink = SCAN_UNITS * self._unit
+        side, unit = preset.resolution, preset.resolution // CANVAS_UNITS
+        self._side, self._unit = side, unit
+        self._pack = pack
         self._appearances = [(name, style) for name in preset.names for style in preset.styles]
-        self._smoother = blur_matrix(self._side, MATCH_SIGMA)
-        self._coarser = blur_matrix(self._side, DETAIL_SIGMA * self._unit)
-
-        def load(key: tuple[int, int]) -> Array:
-            name, style = self._appearances[key[0]]
-            return np.asarray(pack.rgba(name, style, key[1] * self._unit), dtype=np.float32)
-
-        self._templates = TemplateCache(load, MATCH_SIGMA, self._pad, capacity=1024)
-        self._banks = {}
-        for size in preset.sizes:
-            keys = tuple((index, size) for index in range(len(self._appearances)))
-            stack = [shrink(self._templates.blurred(key), self._shrink) for key in keys]
-            self._banks[size] = ScanBank.build(keys, stack)
-        renderer = Renderer(pack, preset.resolution)
+        self._smoother = blur_matrix(side, MATCH_SIGMA)
+        self._coarser = blur_matrix(side, DETAIL_SIGMA * unit)
+        self._geometry = Geometry(
+            side=side,
+            unit=unit,
+            pad=PAD_UNITS * unit,
+            scan=tuple(shrink_matrix(side, SCAN_UNITS * unit, phase * unit) for phase in range(self._phases())),
+            scan_pad=SCAN_PAD,
+            scan_units=SCAN_UNITS,
+        )
+        sigmas = (MATCH_SIGMA, *BLUR_LEVELS[:-1], BLUR_LEVELS[-1] * max(1.0, 0.75 * unit))
+        self._levels = [
+            Synthesis(self._geometry, TemplateCache(self._load, sigma, PAD_UNITS * unit, capacity=512))
+            for sigma in sigmas
+        ]
+        self._banks = self._build_banks()
         self._backgrounds = {
-            name: apply_separable(renderer.render(Scene(name)).astype(np.float32) / 255.0, self._smoother)
+            name: apply_separable(background_image(name, side).astype(np.float32) / 255.0, self._smoother)
             for name in preset.backgrounds
         }
-        # On a lattice of 4 or 8 units a scan every 4 leaves at most 2 units to local refinement, which follows anyway.
-        stride = 4 if preset.lattice % 4 == 0 else 2
-        self._starts = {
-            size: np.unique(np.append(np.arange(0, CANVAS_UNITS - size + 1, stride), CANVAS_UNITS - size) // 2 * 2)
-            for size in preset.sizes
-        }
+
+    def _phases(self) -> int:
+        """Free positions are searched unit by unit: thin outlines half a scan pixel off match nothing."""
+        return 1 if self.preset.lattice % SCAN_UNITS == 0 else SCAN_UNITS
+
+    def _load(self, key: Key) -> Array:
+        name, style = self._appearances[key[0]]
+        return np.asarray(self._pack.rgba(name, style, key[1] * self._unit), dtype=np.float32)
+
+    def _build_banks(self) -> dict[int, ScanBank]:
+        """Scan templates straight from the masters: the pack would keep every sprite asked for at full resolution."""
+        factor, scans = SCAN_UNITS * self._unit, {}
+        for size in self.preset.sizes:
+            px = size * self._unit
+            blur = blur_matrix(px, MATCH_SIGMA, SCAN_PAD * factor)
+            scans[size] = shrink_matrix(len(blur), factor) @ blur @ area_weights(MASTER_PX, px)
+        templates: dict[int, list[Array]] = {size: [] for size in self.preset.sizes}
+        for name, style in self._appearances:
+            master = self._pack.master(name, style).astype(np.float32) / 255.0
+            master[..., :3] *= master[..., 3:]
+            for size, scan in scans.items():
+                templates[size].append(apply_separable(master, scan))
+        # On a lattice of 4 or 8 units a scan every 4 leaves at most 2 units to the local refinement that follows.
+        stride = 4 if self.preset.lattice % 4 == 0 else SCAN_UNITS
+        banks = {}
+        for size, stack in templates.items():
+            starts = np.unique(np.append(np.arange(0, CANVAS_UNITS - size + 1, stride), CANVAS_UNITS - size))
+            banks[size] = ScanBank.build(stack, starts // SCAN_UNITS)
+        return banks
 
     def parse(self, image: NDArray[np.uint8]) -> ParsedScene:
         """The scene that explains ``image`` best.
@@ -265,31 +284,25 @@ class SceneParser:
             InputError: another type or shape.
         """
         picture = self._check(image)
-        best: tuple[float, str, list[_Placed]] | None = None
-        for background in self._likely_backgrounds(picture):
-            placed, error = self._explain(picture, self._backgrounds[background])
-            if best is None or error < best[0]:
-                best = error, background, placed
-        assert best is not None
-        return self._report(picture, *best)
+        options = [(name, *self._explain(picture, name)) for name in self._likely_backgrounds(picture)]
+        background, placed, error = min(options, key=lambda option: option[2])
+        return self._report(picture, background, placed, error)
 
     def _check(self, image: NDArray[np.uint8]) -> Array:
         expected = (self._side, self._side, 3)
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != expected:
             given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise InputError(
-                f"The parser of preset {self.preset.name!r} reads uint8 pictures of shape {expected}, but was given "
-                f"{given}. Resize the picture and convert it to 8-bit RGB."
+                f"the parser of preset {self.preset.name!r} was given {given}, expected a uint8 picture of shape "
+                f"{expected}: resize the picture and convert it to 8-bit RGB"
             )
         return apply_separable(image.astype(np.float32) / 255.0, self._smoother)
-
-    # Background -------------------------------------------------------------------------------------------------------
 
     def _closeness(self, picture: Array) -> tuple[list[str], Array]:
         """Background names and how near each pixel is to each, ``[K, R, R]``, 1 = equal."""
         names = list(self._backgrounds)
         distance = np.stack([((picture - self._backgrounds[name]) ** 2).sum(-1) for name in names])
-        return names, np.exp(-distance / (2 * 0.08**2))
+        return names, np.exp(-distance / (2 * BACKGROUND_TOLERANCE**2))
 
     def _likely_backgrounds(self, picture: Array) -> list[str]:
         """The best background by a robust vote of all pixels, and a second one if it comes close."""
@@ -301,159 +314,33 @@ class SceneParser:
             return [names[int(np.argmin(distance))]]
         return [names[index] for index in order[:2] if votes[index] >= 0.6 * votes[order[0]]]
 
-    # Search -----------------------------------------------------------------------------------------------------------
+    def _explain(self, picture: Array, background: str) -> tuple[list[Placed], float]:
+        """Explain with sharp templates, then with blurrier ones while those fit the found objects better."""
 
-    def _explain(self, picture: Array, background: Array) -> tuple[list[_Placed], float]:
-        placed: list[_Placed] = []
-        floor = 0.5 * self._unit**2
-        error = self._error(picture, background, placed)
-        for _ in range(self.preset.max_objects):
-            slots = {0, len(placed)}
-            options = [(slot, fit) for slot in slots if (fit := self._best_fit(picture, background, placed, slot))]
-            if not options:
+        def search(level: Synthesis) -> Search:
+            ground = self._backgrounds[background]
+            most = self.preset.max_objects
+            return Search(level, self._banks, picture, ground, most, self._candidates, self._sweeps)
+
+        placed, error = search(self._levels[0]).run()
+        for level in self._levels[1:]:
+            attempt = search(level)
+            if not placed or attempt.error(placed) > 0.97 * error:
                 break
-            slot, fit = max(options, key=lambda option: option[1].merit)
-            if fit.gain < floor or fit.gain < 0.2 * fit.energy:
+            blurred, blurred_error = min((attempt.run(), attempt.run(placed)), key=lambda result: result[1])
+            if blurred_error >= error:
                 break
-            placed.insert(slot, fit.placed)
-            error -= fit.gain
-        for _ in range(self._sweeps if len(placed) > 1 else 0):
-            before = error
-            placed, error = self._sweep(picture, background, placed)
-            if error > 0.99 * before:
-                break
+            placed, error = blurred, blurred_error
         return placed, error
 
-    def _sweep(self, picture: Array, background: Array, placed: list[_Placed]) -> tuple[list[_Placed], float]:
-        """Re-fit every object given the others, then reorder what overlaps."""
-        error = self._error(picture, background, placed)
-        for index in range(len(placed)):
-            others = placed[:index] + placed[index + 1 :]
-            fit = self._best_fit(picture, background, others, index)
-            if fit is None or fit.placed == placed[index]:
-                continue
-            proposal = [*others[:index], fit.placed, *others[index:]]
-            proposed = self._error(picture, background, proposal)
-            if proposed < error:
-                placed, error = proposal, proposed
-        for order in permutations(placed) if len(placed) <= 4 else ():
-            proposed = self._error(picture, background, list(order))
-            if proposed < 0.999 * error:
-                placed, error = list(order), proposed
-        return placed, error
-
-    def _best_fit(self, picture: Array, background: Array, placed: list[_Placed], slot: int) -> _Fit | None:
-        """Best additional object at depth ``slot`` (0 = behind all of ``placed``)."""
-        behind = self._compose(background, placed[:slot])
-        front, weight = self._front(placed[slot:])
-        features = canvas_features(picture, behind, front, weight)
-        fine = pad_features(features, self._pad)
-        # The features are quadratic in the canvas, so the scan's are computed from the shrunk canvas, not shrunk themselves.
-        small = canvas_features(
-            shrink(picture, self._shrink),
-            shrink(behind, self._shrink),
-            None if front is None else shrink(front, self._shrink),
-            None if weight is None else shrink(weight, self._shrink),
-        )
-        coarse = pad_features(small, 1)
-        options = [self._evaluate(fine, candidate) for candidate in self._scan(coarse)]
-        options = sorted(options, key=lambda fit: -fit.merit)[:3]
-        return max((self._climb(fine, fit) for fit in options), key=lambda fit: fit.merit, default=None)
-
-    def _scan(self, coarse: Array) -> list[_Placed]:
-        """Candidates by merit and by gain over all templates and scan positions."""
-        gains, merits, owners = [], [], []
-        for size, bank in self._banks.items():
-            starts = self._starts[size]
-            correlation, energy = bank.scan(coarse, starts // SCAN_UNITS, starts // SCAN_UNITS)
-            gain = 2 * correlation - energy
-            merits.append((gain * np.clip(gain / np.maximum(energy, 1e-6), 0, 1)).ravel())
-            gains.append(gain.ravel())
-            owners.append((size, gain.shape))
-        sizes = np.cumsum([0] + [len(part) for part in gains])
-        picked: dict[_Placed, None] = {}
-        for values in (np.concatenate(merits), np.concatenate(gains)):
-            count = min(self._candidates, len(values))
-            for index in np.argpartition(-values, count - 1)[:count]:
-                which = int(np.searchsorted(sizes, index, side="right")) - 1
-                size, shape = owners[which]
-                template, position = divmod(int(index) - int(sizes[which]), shape[1])
-                starts = self._starts[size]
-                row, column = divmod(position, len(starts))
-                picked[_Placed((template, size), int(starts[column]), int(starts[row]))] = None
-        return list(picked)
-
-    def _evaluate(self, fine: Array, placed: _Placed) -> _Fit:
-        weights = self._templates.weights(placed.key)
-        side = weights.shape[0]
-        top, left = placed.y * self._unit, placed.x * self._unit
-        window = fine[top : top + side, left : left + side]
-        totals = np.einsum("hwc,hwc->c", window, weights)
-        energy = float(totals[4:].sum())
-        return _Fit(placed, 2 * float(totals[:4].sum()) - energy, energy)
-
-    def _climb(self, fine: Array, fit: _Fit) -> _Fit:
-        """Move by single units, at most two each way, while that explains more."""
-        origin, tried = fit.placed, {(fit.placed.x, fit.placed.y)}
-        for _ in range(4):
-            start = fit
-            for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, -1)):
-                x, y = start.placed.x + dx, start.placed.y + dy
-                limit = CANVAS_UNITS - origin.key[1]
-                if (x, y) in tried or not (0 <= x <= limit and 0 <= y <= limit):
-                    continue
-                if max(abs(x - origin.x), abs(y - origin.y)) > 2:
-                    continue
-                tried.add((x, y))
-                moved = self._evaluate(fine, _Placed(origin.key, x, y))
-                if moved.gain > fit.gain:
-                    fit = moved
-            if fit is start:
-                break
-        return fit
-
-    # Synthesis --------------------------------------------------------------------------------------------------------
-
-    def _window(self, placed: _Placed) -> tuple[tuple[slice, slice], Array]:
-        """Canvas slices and the part of the blurred template that lies on the canvas."""
-        rgba = self._templates.rgba(placed.key)
-        top, left = placed.y * self._unit - self._pad, placed.x * self._unit - self._pad
-        bottom, right = min(top + len(rgba), self._side), min(left + len(rgba), self._side)
-        part = rgba[max(-top, 0) : bottom - top, max(-left, 0) : right - left]
-        return (slice(max(top, 0), bottom), slice(max(left, 0), right)), part
-
-    def _compose(self, background: Array, placed: list[_Placed]) -> Array:
-        canvas = background.copy() if placed else background
-        for item in placed:
-            where, part = self._window(item)
-            canvas[where] = (1 - part[..., 3:]) * canvas[where] + part[..., :3]
-        return canvas
-
-    def _front(self, placed: list[_Placed]) -> tuple[Array | None, Array | None]:
-        """Premultiplied colour ``[R, R, 3]`` and transmittance ``[R, R, 1]`` of ``placed``."""
-        if not placed:
-            return None, None
-        colour = np.zeros((self._side, self._side, 3), dtype=np.float32)
-        weight = np.ones((self._side, self._side, 1), dtype=np.float32)
-        for item in placed:
-            where, part = self._window(item)
-            colour[where] = (1 - part[..., 3:]) * colour[where] + part[..., :3]
-            weight[where] *= 1 - part[..., 3:]
-        return colour, weight
-
-    def _error(self, picture: Array, background: Array, placed: list[_Placed]) -> float:
-        return float(((picture - self._compose(background, placed)) ** 2).sum())
-
-    # Report -----------------------------------------------------------------------------------------------------------
-
-    def _report(self, picture: Array, error: float, background: str, placed: list[_Placed]) -> ParsedScene:
+    def _report(self, picture: Array, background: str, placed: list[Placed], error: float) -> ParsedScene:
         base = self._backgrounds[background]
         scores = tuple(self._score(picture, base, placed, index) for index in range(len(placed)))
         objects = tuple(
             SceneObject(*self._appearances[item.key[0]], size=item.key[1], x=item.x, y=item.y) for item in placed
         )
         kept = [index for index, score in enumerate(scores) if score >= self.threshold]
-        _, weight = self._front(placed)
+        _, weight = self._levels[0].front(placed)
         free = np.ones((self._side, self._side), bool) if weight is None else weight[..., 0] > 0.98
         names, closeness = self._closeness(picture)
         chosen = names.index(background)
@@ -464,15 +351,17 @@ class SceneParser:
             background_score=float(near[free].mean()) if free.any() else 0.0,
             explanation=Scene(background, objects),
             explanation_scores=scores,
-            residual=float(np.sqrt(self._error(picture, base, placed) / picture.size)),
+            residual=float(np.sqrt(error / picture.size)),
         )
 
-    def _score(self, picture: Array, background: Array, placed: list[_Placed], index: int) -> float:
-        present = self._compose(background, placed)
-        absent = self._compose(background, placed[:index] + placed[index + 1 :])
-        where, part = self._window(placed[index])
+    def _score(self, picture: Array, background: Array, placed: Sequence[Placed], index: int) -> float:
+        """Score of one object as defined in the module's docstring, with sharp templates whatever fitted best."""
+        draw = self._levels[0]
+        present = draw.compose(background, placed)
+        absent = draw.compose(background, [*placed[:index], *placed[index + 1 :]])
+        where, part = draw.window(placed[index])
         visible = part[..., 3]
-        _, weight = self._front(placed[index + 1 :])
+        _, weight = draw.front(placed[index + 1 :])
         if weight is not None:
             visible = visible * weight[where][..., 0]
         mask = (visible > 0.02)[..., None]
@@ -483,4 +372,5 @@ class SceneParser:
         missing = picture - present
         missing = (missing - apply_separable(missing, self._coarser))[where] * mask
         detail = 1 - (missing**2).sum() / max((expected**2).sum(), 1e-6)
-        return float(np.clip(min(explained, detail), 0.0, 1.0))
+        seen = float(visible.sum() / max(part[..., 3].sum(), 1e-6))
+        return float(np.clip(min(explained, detail, seen / ENOUGH_VISIBLE), 0.0, 1.0))

@@ -1,0 +1,301 @@
+"""Searches the placements of templates that explain one picture with the least squared error.
+
+Greedy addition behind or in front of what is already explained, then each object is re-fitted given the others, what fits badly is dropped, and overlapping objects are reordered. Knows
+templates and positions, not classes, backgrounds or acceptance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unialignment.world._matching import Array, Key, ScanBank, TemplateCache, apply_separable, canvas_features
+from unialignment.world.scene import CANVAS_UNITS
+
+GOOD_FIT = 0.93
+"""Objects that explain this fraction of what they promise are left alone."""
+
+BAD_FIT = 0.4
+"""Objects that explain less than this fraction, given all others, are dropped and searched anew."""
+
+_NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, -1))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A template on the canvas; left and top edge in scene units."""
+
+    key: Key
+    x: int
+    y: int
+
+    def touches(self, other: Placed) -> bool:
+        """Whether the boxes share area."""
+        return (
+            self.x < other.x + other.key[1]
+            and other.x < self.x + self.key[1]
+            and self.y < other.y + other.key[1]
+            and other.y < self.y + self.key[1]
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A placement and the squared error it explains; ``energy`` is what a perfect match would explain."""
+
+    placed: Placed
+    gain: float
+    energy: float
+
+    @property
+    def quality(self) -> float:
+        """Fraction (at most 1) of the promise that is kept."""
+        return min(self.gain / max(self.energy, 1e-6), 1.0)
+
+    @property
+    def merit(self) -> float:
+        """Gain, discounted when the template promised more than it explained: a sprite that covers two others does that."""
+        return self.gain * max(self.quality, 0.0)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Resolutions of the search.
+
+    Attributes:
+        side: Side of the picture in pixels.
+        unit: Pixels per scene unit.
+        pad: Template padding in pixels.
+        scan: Matrices ``[scan side, side]`` that shrink a picture for the scan, one per phase: with more than one, positions
+            between scan pixels are searched too, each offset by one scene unit from the previous.
+        scan_pad: Template padding in scan pixels.
+        scan_units: Scene units per scan pixel.
+    """
+
+    side: int
+    unit: int
+    pad: int
+    scan: tuple[Array, ...]
+    scan_pad: int
+    scan_units: int
+
+
+class Synthesis:
+    """Draws placements with blurred templates of one sharpness."""
+
+    def __init__(self, geometry: Geometry, templates: TemplateCache) -> None:
+        self.geometry, self.templates = geometry, templates
+
+    def window(self, placed: Placed) -> tuple[tuple[slice, slice], Array]:
+        """Canvas slices and the part of the template that lies on the canvas."""
+        rgba, g = self.templates.rgba(placed.key), self.geometry
+        top, left = placed.y * g.unit - g.pad, placed.x * g.unit - g.pad
+        bottom, right = min(top + len(rgba), g.side), min(left + len(rgba), g.side)
+        part = rgba[max(-top, 0) : bottom - top, max(-left, 0) : right - left]
+        return (slice(max(top, 0), bottom), slice(max(left, 0), right)), part
+
+    def compose(self, background: Array, placed: Sequence[Placed]) -> Array:
+        """``placed``, far to near, over ``background``."""
+        canvas = background.copy() if placed else background
+        for item in placed:
+            where, part = self.window(item)
+            canvas[where] = (1 - part[..., 3:]) * canvas[where] + part[..., :3]
+        return canvas
+
+    def front(self, placed: Sequence[Placed]) -> tuple[Array | None, Array | None]:
+        """Premultiplied colour ``[R, R, 3]`` and transmittance ``[R, R, 1]`` of ``placed``; ``None`` for nothing."""
+        if not placed:
+            return None, None
+        side = self.geometry.side
+        colour = np.zeros((side, side, 3), dtype=np.float32)
+        weight = np.ones((side, side, 1), dtype=np.float32)
+        for item in placed:
+            where, part = self.window(item)
+            colour[where] = (1 - part[..., 3:]) * colour[where] + part[..., :3]
+            weight[where] *= 1 - part[..., 3:]
+        return colour, weight
+
+
+class Search:
+    """The search on one picture over one background at one sharpness.
+
+    Args:
+        synthesis: Draws placements.
+        banks: Scan bank of every template size.
+        picture: Smoothed picture ``[R, R, 3]``, 0-1.
+        background: Background, likewise.
+        most: Most objects.
+        candidates: Coarse candidates kept per object.
+        sweeps: Most rounds of re-fitting.
+    """
+
+    def __init__(
+        self,
+        synthesis: Synthesis,
+        banks: Mapping[int, ScanBank],
+        picture: Array,
+        background: Array,
+        most: int,
+        candidates: int,
+        sweeps: int,
+    ) -> None:
+        self._synthesis, self._banks = synthesis, banks
+        self._picture, self._background = picture, background
+        self._most, self._candidates, self._sweeps = most, candidates, sweeps
+        # Half a white pixel on black (at 64 px): far less than any sprite, more than rounding leaves.
+        self._floor = 0.5 * synthesis.geometry.unit**2
+
+    def error(self, placed: Sequence[Placed]) -> float:
+        """Summed squared error of drawing ``placed``."""
+        return float(((self._picture - self._synthesis.compose(self._background, placed)) ** 2).sum())
+
+    def run(self, start: Sequence[Placed] = ()) -> tuple[list[Placed], float]:
+        """Best placements found, far to near, and their error.
+
+        Args:
+            start: Placements to begin with, e.g. those found at another sharpness.
+        """
+        placed = self._add(list(start))
+        best, least = placed, self.error(placed)
+        for _ in range(self._sweeps):
+            if not placed:
+                break
+            placed, changed = self._refit(placed)
+            if changed:
+                placed = self._add(placed)
+            error = self.error(placed)
+            if error < least:
+                improved = error < 0.98 * least
+                best, least = placed, error
+                if improved and changed:
+                    continue
+            if not changed or error >= least:
+                break
+        return best, least
+
+    def _add(self, placed: list[Placed]) -> list[Placed]:
+        """Add objects while they explain something."""
+        while len(placed) < self._most:
+            # Behind everything, occupied pixels count as unknown; in front, what a wrong object covers can still be won back.
+            fits = [self._best_fit([], placed)] + ([self._best_fit(placed, [])] if placed else [])
+            fit = max((fit for fit in fits if fit is not None), key=lambda fit: fit.merit, default=None)
+            if fit is None or fit.gain < self._floor or fit.quality < 0.2:
+                break
+            placed = self._reorder([fit.placed, *placed])
+        return placed
+
+    def _refit(self, placed: list[Placed]) -> tuple[list[Placed], bool]:
+        """Fit every object that does not fit well anew, given the others; drop what then still fits badly."""
+        original, error, poor = list(placed), self.error(placed), []
+        for item in original:
+            others = [other for other in placed if other is not item]
+            index = placed.index(item)
+            current = self._evaluate(self._fine(others[:index], others[index:]), item)
+            if current.quality >= GOOD_FIT:
+                continue
+            depths = range(len(placed)) if any(item.touches(other) for other in others) else (index,)
+            for depth in depths:
+                fit = self._best_fit(others[:depth], others[depth:])
+                if fit is None:
+                    continue
+                proposal = self._reorder([*others[:depth], fit.placed, *others[depth:]])
+                proposed = self.error(proposal)
+                if proposed < error:
+                    placed, error, current = proposal, proposed, fit
+            if current.quality < BAD_FIT or current.gain < self._floor:
+                poor.append(current.placed)
+        placed = [item for item in placed if item not in poor]
+        return placed, placed != original
+
+    def _reorder(self, placed: list[Placed]) -> list[Placed]:
+        """Best depth order, first object anywhere, then all orders of what overlaps."""
+        touching = [a for a in placed if any(a is not b and a.touches(b) for b in placed)]
+        if not touching or len(touching) > 5:
+            return placed
+        free = [item for item in placed if item not in touching]
+        orders = [[*free, *order] for order in permutations(touching)]
+        return min(orders, key=self.error)
+
+    def _fine(self, behind: Sequence[Placed], front: Sequence[Placed]) -> Array:
+        return canvas_features(
+            self._picture,
+            self._synthesis.compose(self._background, behind),
+            *self._synthesis.front(front),
+            self._synthesis.geometry.pad,
+        )
+
+    def _best_fit(self, behind: Sequence[Placed], front: Sequence[Placed]) -> Fit | None:
+        """Best additional object between ``behind`` and ``front``."""
+        g = self._synthesis.geometry
+        canvas = self._synthesis.compose(self._background, behind)
+        layers = self._synthesis.front(front)
+        fine = canvas_features(self._picture, canvas, *layers, g.pad)
+        picked: dict[Placed, None] = {}
+        for dy, rows in enumerate(g.scan):
+            for dx, columns in enumerate(g.scan):
+                # Features are quadratic in the canvas: the scan's come from the shrunk canvas, they aren't shrunk themselves.
+                small = [
+                    None if part is None else apply_separable(part, rows, columns)
+                    for part in (self._picture, canvas, *layers)
+                ]
+                picked |= dict.fromkeys(self._scan(canvas_features(*small, g.scan_pad), dx, dy))
+        options = sorted((self._evaluate(fine, item) for item in picked), key=lambda fit: -fit.merit)
+        return max((self._climb(fine, fit) for fit in options[:3]), key=lambda fit: fit.merit, default=None)
+
+    def _scan(self, coarse: Array, dx: int, dy: int) -> list[Placed]:
+        """Candidates by merit and by gain over all templates and scan positions."""
+        results = [(size, *bank.scan(coarse)) for size, bank in self._banks.items()]
+        top = max(float(gain.max()) for _, gain, _ in results)
+        if top <= 0:
+            return []
+        gains, merits, owners = [], [], []
+        for size, gain, energy in results:
+            index = np.flatnonzero(gain > 0.25 * top)
+            flat = gain.ravel()[index]
+            gains.append(flat)
+            merits.append(flat * np.minimum(flat / np.maximum(energy.ravel()[index], 1e-6), 1.0))
+            owners += [(size, int(item)) for item in index]
+        picked: dict[Placed, None] = {}
+        for values in (np.concatenate(merits), np.concatenate(gains)):
+            count = min(self._candidates, len(values))
+            for choice in np.argpartition(-values, count - 1)[:count]:
+                picked[self._place(*owners[int(choice)], dx, dy)] = None
+        return list(picked)
+
+    def _place(self, size: int, flat: int, dx: int, dy: int) -> Placed:
+        starts = self._banks[size].starts * self._synthesis.geometry.scan_units
+        template, position = divmod(flat, len(starts) ** 2)
+        row, column = divmod(position, len(starts))
+        limit = CANVAS_UNITS - size
+        return Placed((template, size), min(int(starts[column]) + dx, limit), min(int(starts[row]) + dy, limit))
+
+    def _evaluate(self, fine: Array, placed: Placed) -> Fit:
+        weights, unit = self._synthesis.templates.weights(placed.key), self._synthesis.geometry.unit
+        side = weights.shape[0]
+        top, left = placed.y * unit, placed.x * unit
+        totals: NDArray[np.float32] = np.einsum("hwc,hwc->c", fine[top : top + side, left : left + side], weights)
+        energy = float(totals[4:].sum())
+        return Fit(placed, 2 * float(totals[:4].sum()) - energy, energy)
+
+    def _climb(self, fine: Array, fit: Fit) -> Fit:
+        """Move by single units, at most two each way, while that explains more."""
+        origin, tried = fit.placed, {(fit.placed.x, fit.placed.y)}
+        limit = CANVAS_UNITS - origin.key[1]
+        for _ in range(4):
+            start = fit
+            for dx, dy in _NEIGHBOURS:
+                x, y = start.placed.x + dx, start.placed.y + dy
+                inside = 0 <= x <= limit and 0 <= y <= limit and max(abs(x - origin.x), abs(y - origin.y)) <= 2
+                if (x, y) in tried or not inside:
+                    continue
+                tried.add((x, y))
+                moved = self._evaluate(fine, Placed(origin.key, x, y))
+                if moved.gain > fit.gain:
+                    fit = moved
+            if fit is start:
+                break
+        return fit
