@@ -232,7 +232,7 @@ def _describe_varied(scene: Scene, rng: np.random.Generator) -> Description:
 
 
 def describe_short(scene: Scene, rng: np.random.Generator) -> Description:
-    """A freely worded caption of at most :data:`MAX_SHORT_WORDS` words (the canonical one when that doesn't succeed)."""
+    """A freely worded caption of at most :data:`MAX_SHORT_WORDS` words; the canonical one when none comes out."""
     if scene.objects:
         for _ in range(3):
             made = _describe_varied(scene, rng)

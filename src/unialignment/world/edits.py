@@ -360,21 +360,21 @@ def _restyle(draft: _Draft, rng: np.random.Generator) -> Clause | None:
     if len(objects) > 1 and not (draft.touched or draft.pinned or draft.added) and rng.random() < 0.25:
         if all(item.style == style for item in objects):
             return None
-        targets = tuple(replace(item, style=style) for item in objects)
-        draft.items = list(targets)
+        changed = tuple(i for i, item in enumerate(objects) if item.style != style)
+        draft.items = [replace(item, style=style) for item in objects]
         draft.touched.update(range(len(objects)))
-        text = lang.pick(rng, _RESTYLE_ALL).format(adjective)
-        return Clause("restyle", text, tuple(range(len(objects))), targets)
+        targets = tuple(replace(objects[i], style=style) for i in changed)
+        return Clause("restyle", lang.pick(rng, _RESTYLE_ALL).format(adjective), changed, targets)
     chosen = draft.choose(rng)
     if chosen is None:
         return None
     index, reference = chosen
     if objects[index].style == style:
         return None
-    changed = replace(objects[index], style=style)
-    draft.items[index] = changed
+    new = replace(objects[index], style=style)
+    draft.items[index] = new
     draft.touched.add(index)
-    return Clause("restyle", lang.pick(rng, _RESTYLE).format(reference, adjective), (index,), (changed,))
+    return Clause("restyle", lang.pick(rng, _RESTYLE).format(reference, adjective), (index,), (new,))
 
 
 def _background(draft: _Draft, rng: np.random.Generator) -> Clause | None:

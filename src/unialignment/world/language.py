@@ -125,16 +125,22 @@ def shuffled(rng: np.random.Generator, options: Iterable[T]) -> list[T]:
     return result
 
 
-# --- nouns ----------------------------------------------------------------------------------------------------------
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as a set."""
+    return frozenset(text.split())
 
-_PLURAL_NAMES = frozenset(
-    ["grapes", "cherries", "beans", "glasses", "sunglasses", "goggles", "scissors", "jeans", "shorts", "socks", "gloves", "fireworks", "chopsticks", "bubbles", "peanuts", "feathers", "stairs", "tracks", "briefs", "pants", "trousers", "headphones", "candies", "olives"]
-)
-_SINGULAR_IN_S = frozenset(
-    ["bus", "cactus", "octopus", "lotus", "hibiscus", "walrus", "rhinoceros", "stethoscope", "asparagus", "canvas", "atlas"]
-)
-_MASS_NAMES = frozenset(
-    ["bread", "rice", "butter", "salt", "garlic", "broccoli", "sushi", "popcorn", "pasta", "spaghetti", "sake", "honey", "milk", "lettuce", "ginger", "tofu", "money", "jewelry", "luggage", "wood", "coral", "cheese", "meat", "bacon", "water", "corn", "soap", "custard", "thread", "yarn", "camping", "bowling", "hockey", "badminton", "lacrosse", "lightning", "dna"]
+
+# --- nouns ----------------------------------------------------------------------------------------------------------
+_PLURAL_NAMES = words("skis dominoes")
+"""Head nouns that are plural although the rule in :func:`is_plural` doesn't find them."""
+
+_SINGULAR_IN_S = words("gas canvas atlas lens")
+_MASS_NAMES = words(
+    """
+    bacon badminton bowling bread broccoli butter camping cheese coral corn custard cutlery dna food garlic ginger
+    hockey honey ice jewelry lacrosse lettuce lightning luggage meat milk money pasta pong popcorn rice sake salt soap
+    spaghetti sushi tennis thread tofu water wood yarn
+    """
 )
 _IRREGULAR = {
     "mouse": "mice", "sheep": "sheep", "fish": "fish", "goose": "geese", "knife": "knives", "leaf": "leaves",
@@ -142,8 +148,9 @@ _IRREGULAR = {
     "man": "men", "woman": "women", "child": "children", "ox": "oxen", "deer": "deer", "moose": "moose",
     "shrimp": "shrimp", "squid": "squid", "tomato": "tomatoes", "potato": "potatoes", "mango": "mangoes",
     "cactus": "cactuses", "octopus": "octopuses", "scarf": "scarves", "shelf": "shelves", "bison": "bison",
-    "dice": "dice", "fireworks": "fireworks", "tornado": "tornadoes", "buffalo": "buffaloes",
-    "volcano": "volcanoes", "torpedo": "torpedoes", "snowman": "snowmen", "aircraft": "aircraft",
+    "dice": "dice", "tornado": "tornadoes", "buffalo": "buffaloes",
+    "jellyfish": "jellyfish", "pufferfish": "pufferfish", "volcano": "volcanoes", "torpedo": "torpedoes",
+    "snowman": "snowmen", "aircraft": "aircraft",
 }  # fmt: skip
 _AN_EXCEPTIONS = ("hour", "honest", "heir")
 _A_EXCEPTIONS = ("uni", "use", "euro", "one", "ukulele", "ufo", "u-")
@@ -188,9 +195,11 @@ def _pluralized(word: str) -> str:
 
 @lru_cache(maxsize=8192)
 def plural(name: str) -> str:
-    """Plural of a class name: ``"dog"`` -> ``"dogs"``, ``"pot of food"`` -> ``"pots of food"``; plural and mass names stay."""
+    """Plural of a class name: ``"pot of food"`` -> ``"pots of food"``; plural and mass names stay as they are."""
     if is_plural(name) or is_mass(name):
         return name
+    if " and " in name:
+        return " and ".join(map(plural, name.split(" and ")))
     before, head, tail = _head(name)
     return f"{before}{_pluralized(head)}{tail}"
 
@@ -288,8 +297,8 @@ def place_of(item: SceneObject) -> Place:
 def relations(scene: Scene, a: int, b: int) -> tuple[str, ...]:
     """Relations that hold with a margin from object ``a`` to object ``b``, as keys of :data:`RELATION_PHRASES`.
 
-    A direction holds when the centres differ by at least :data:`MARGIN` units along it and by less across it;
-    *front* and *behind* hold when the boxes overlap by at least :data:`OVERLAP_MARGIN`. All at most one of each.
+    A direction holds when the centres differ by at least :data:`MARGIN` units along it and by less across it, so at
+    most one does; *front* or *behind* holds when the boxes overlap by at least :data:`OVERLAP_MARGIN`.
     """
     first, second = scene.objects[a], scene.objects[b]
     (ax, ay), (bx, by) = first.center, second.center
@@ -306,13 +315,13 @@ def relations(scene: Scene, a: int, b: int) -> tuple[str, ...]:
 
 
 def offset(scene: Scene, a: int, b: int, direction: str) -> float:
-    """How far object ``a`` lies in ``direction`` of object ``b``, in units between the centres; negative: the other way."""
+    """How far object ``a`` lies in ``direction`` of object ``b``, in units between centres; negative: the other way."""
     (ax, ay), (bx, by) = scene.objects[a].center, scene.objects[b].center
     return {"left": bx - ax, "right": ax - bx, "above": by - ay, "below": ay - by}[direction]
 
 
 def is_between(scene: Scene, middle: int, a: int, b: int) -> bool:
-    """Whether object ``middle`` lies between ``a`` and ``b``: in the inner part of the line between their centres, and near it."""
+    """Whether object ``middle`` lies between ``a`` and ``b``: near the inner part of the line between their centres."""
     (mx, my), (ax, ay), (bx, by) = (scene.objects[i].center for i in (middle, a, b))
     length = float(np.hypot(bx - ax, by - ay))
     if length < 2 * MARGIN:

@@ -37,8 +37,12 @@ def at_edge(item: SceneObject, direction: str, lattice: int) -> tuple[int, int]:
 def beside(anchor: SceneObject, direction: str, size: int, lattice: int) -> tuple[int, int] | None:
     """``(x, y)`` of an object touching ``anchor`` on one side, centres level; ``None`` when there is no room."""
     level = (anchor.size - size) / 2
-    ahead = {"left": anchor.x - size, "right": anchor.x + anchor.size, "above": anchor.y - size,
-             "below": anchor.y + anchor.size}[direction]  # fmt: skip
+    ahead = {
+        "left": anchor.x - size,
+        "right": anchor.x + anchor.size,
+        "above": anchor.y - size,
+        "below": anchor.y + anchor.size,
+    }[direction]
     if not 0 <= ahead <= CANVAS_UNITS - size or ahead % lattice:
         return None
     if direction in ("left", "right"):
@@ -53,7 +57,7 @@ def resized(item: SceneObject, size: int, lattice: int) -> SceneObject:
 
 
 def half(side: int, size: int, lattice: int) -> int:
-    """Coordinate of an object centred in the first (0) or second (1) half of the canvas: mirror images of each other."""
+    """Coordinate of an object centred in the first (0) or second (1) half of the canvas, mirrored."""
     first = snapped((CANVAS_UNITS // 2 - size) / 2, size, lattice)
     return first if side == 0 else CANVAS_UNITS - size - first
 
@@ -61,7 +65,7 @@ def half(side: int, size: int, lattice: int) -> int:
 def pair_layout(
     first: SceneObject, second: SceneObject, relation: str, lattice: int
 ) -> tuple[SceneObject, SceneObject]:
-    """Two objects, one in each half of the canvas, so that ``first`` is left of, right of, above or below ``second``."""
+    """Two objects, one in each half, so that ``first`` is ``relation`` (left, right, above, below) of ``second``."""
     placed = []
     sides = (0, 1) if relation in ("left", "above") else (1, 0)
     for item, side in zip((first, second), sides, strict=True):

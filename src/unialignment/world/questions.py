@@ -40,8 +40,11 @@ class Question:
 
 # --- judging --------------------------------------------------------------------------------------------------------
 
-_FILLER = frozenset(
-    ["a", "an", "the", "is", "are", "it", "its", "it's", "they", "there", "in", "at", "on", "of", "side", "corner", "part", "area", "edge", "picture", "image", "color", "background", "style", "size", "drawn", "just", "only"]
+_FILLER = lang.words(
+    """
+    a an the is are it its it's they there in at on of side corner part area edge picture image color background style
+    size drawn just only
+    """
 )
 _SAME = {
     "upper": "top",

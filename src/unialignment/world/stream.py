@@ -28,6 +28,9 @@ _GROUPS = {"generate": 0, "caption": 0, "infill": 0, "answer": 1, "edit": 2, "pe
 
 GAP = "[MASK]"
 """One missing word in the prompt of ``infill``."""
+_PLAIN_WORDS = lang.words(
+    "a an the in on at of to is are and with there also one against background, background draw picture image"
+)
 
 
 class WorldStream:
@@ -40,7 +43,7 @@ class WorldStream:
         seed: Everything follows from it; streams of different seeds are independent.
         varied: Fraction of indices at which generate, infill and control use a freely worded caption instead of the
             canonical one. The target of caption is always canonical.
-        long: Fraction of the varied ones that are long captions, of 60 words and more.
+        long: Fraction of the varied prompts of generate that are long captions, of 60 words and more.
         renderer: Draws the pictures; by default one for the preset's resolution.
 
     Raises:
@@ -81,7 +84,7 @@ class WorldStream:
     def sample(self, task: str, index: int) -> Sample:
         """The sample of a task at an index, always the same.
 
-        ``meta["scene"]`` is what the picture shows, or for image targets shall show. Further facts for judging, by task:
+        ``meta["scene"]`` is what the picture shows, or for image targets shall show. Further facts for judging:
         generate, control, infill: ``description`` (:class:`captions.Description`: what the prompt states);
         answer: ``question`` (:class:`questions.Question`); edit: ``source`` (scene) and ``edit`` (:class:`edits.Edit`);
         perceive, control: ``indices`` (objects in the mask); compose: ``sources`` (scenes) and ``composition``;
@@ -109,15 +112,15 @@ class WorldStream:
         return sample_scene(rng, self.preset, self.split, **arguments)
 
     def _describe(self, scene: Scene, rng: np.random.Generator) -> captions.Description:
-        if rng.random() >= self.varied:
-            return captions.describe_canonical(scene)
-        if self.long and rng.random() < self.long:
-            return captions.describe_long(scene, rng)
-        return captions.describe_short(scene, rng)
+        if rng.random() < self.varied:
+            return captions.describe_short(scene, rng)
+        return captions.describe_canonical(scene)
 
     def _generate(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
         scene = self._scene(rng)
         made = self._describe(scene, rng)
+        if made.kind == "short" and self.long and rng.random() < self.long:
+            made = captions.describe_long(scene, rng)
         image = self.renderer.render(scene) if draw else None
         meta = {"scene": scene, "description": made}
         return Sample("generate", made.text, target_image=image, kind=made.kind, pair_id=index, meta=meta)
@@ -133,8 +136,12 @@ class WorldStream:
         scene = self._scene(rng)
         made = self._describe(scene, rng)
         words = made.text.split(" ")
+        # Mostly words that the picture tells; of the others a few, since their wording is free.
         share = 0.15 + 0.5 * rng.random()
-        gaps = [i for i in range(len(words)) if rng.random() < share] or [int(rng.random() * len(words))]
+        chances = [share / 4 if word in _PLAIN_WORDS else share for word in words]
+        gaps = [i for i, chance in enumerate(chances) if rng.random() < chance]
+        if not gaps:
+            gaps = [max(range(len(words)), key=chances.__getitem__)]
         given = list(words)
         for i in gaps:
             # punctuation stays, so that a gap is a word
