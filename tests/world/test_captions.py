@@ -156,8 +156,8 @@ def test_places_said_in_varied_captions_are_true(drawn) -> None:
             continue
         match = re.search(
             rf"\b{re.escape(item.name)} (?:at|in|on) the "
-            r"(top left|top right|bottom left|bottom right|top|bottom|middle left|middle right|left|right|middle|center)"
-            r"( of)?",
+            r"(top left|top right|bottom left|bottom right|top|bottom|middle left|middle right|left|right|middle|"
+            r"center)( of)?",
             text,
         )
         if match and not match.group(2):

@@ -109,7 +109,7 @@ AT = r"((?:at|in|on|to|into|above|below|directly) .+)"
 
 
 def apply(clause: edits.Clause, source: Scene, draft: dict, preset: WorldPreset) -> None:
-    """Apply one clause to ``draft`` (source index or a new key -> object, plus "background"), reading it off ``source``."""
+    """Apply one clause to ``draft``: objects by source index or new key, and "background"."""
     text, kind = clause.text, clause.kind
     if kind == "background":
         draft["background"] = next(name for name in BACKGROUNDS if re.search(rf"\b{name}\b", text))
@@ -156,7 +156,8 @@ def apply(clause: edits.Clause, source: Scene, draft: dict, preset: WorldPreset)
             draft[i], draft[j] = replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)
         else:
             what, where = re.fullmatch(
-                r"(?:move|shift|place|put) (the .+?(?: (?:on|at) the (?:left|right|top|bottom))?) ((?:to|into|above|below|directly) .+)",
+                r"(?:move|shift|place|put) (the .+?(?: (?:on|at) the (?:left|right|top|bottom))?) "
+                r"((?:to|into|above|below|directly) .+)",
                 text,
             ).groups()
             (i,) = resolve(what, source)

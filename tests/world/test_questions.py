@@ -63,7 +63,7 @@ def one(text: str, scene: Scene) -> int:
 
 
 def toward(scene: Scene, a: int, relation: str, b: int) -> float:
-    """How much ``a`` is in relation to ``b``: units between centres, or units of shared area with the right depth order."""
+    """How much ``a`` is in relation to ``b``: units between centres, or percent of overlap; negative: the other way."""
     (ax, ay), (bx, by) = scene.objects[a].center, scene.objects[b].center
     if relation in ("front", "behind"):
         return scene.objects[a].overlap(scene.objects[b]) * 100 * (1 if (a > b) == (relation == "front") else -1)
@@ -136,7 +136,8 @@ def check(scene: Scene, q: Question) -> None:
         assert q.answer == ("yes" if amount > 0 else "no")
     elif q.kind == "what":
         end = re.search(
-            r"leftmost|furthest left|furthest to the left|rightmost|furthest right|furthest to the right|highest|topmost|very top|lowest|very bottom",
+            r"leftmost|furthest left|furthest to the left|rightmost|furthest right|furthest to the right|highest|"
+            r"topmost|very top|lowest|very bottom",
             text,
         )
         if end:
@@ -235,8 +236,12 @@ def test_absent_classes_often_resemble_present_ones() -> None:
 @pytest.mark.parametrize(
     ("question", "right", "wrong"),
     [
-        (Question("what", "what is this?", "dog", ("dog", "dogs")), ["Dog", "a dog", "The dog.", "it's a dog", "dogs"], ["cat", "hot dog", ""]),
-        (Question("count", "how many?", "two", ("two", "2")), ["2", "Two.", "there are two"], ["three", "1", "twenty two"]),
+        (
+            Question("what", "what is this?", "dog", ("dog", "dogs")),
+            ["Dog", "a dog", "The dog.", "it's a dog", "dogs"],
+            ["cat", "hot dog", ""],
+        ),
+        (Question("count", "?", "two", ("two", "2")), ["2", "Two.", "there are two"], ["three", "1", "twenty two"]),
         (Question("count", "how many?", "zero", ("zero", "0", "no")), ["none", "0", "no", "zero"], ["one"]),
         (Question("exists", "is there?", "no", ("no",)), ["No.", "no, there is not", "nope"], ["yes", "not sure yes"]),
         (
