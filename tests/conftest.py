@@ -30,6 +30,41 @@ def shared_dir() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def pack():
+    """The real sprite pack: the user's cached one, built once if there is none.
+
+    A missing tool is an error, a registry out of reach a skip.
+    """
+    from unialignment.errors import AssetError
+    from unialignment.world.assets import DownloadError, build_pack
+    from unialignment.world.sprites import SpritePack
+
+    try:
+        return SpritePack.load()
+    except AssetError:
+        try:
+            return SpritePack.load(build_pack())
+        except DownloadError as error:
+            pytest.skip(f"no sprite pack, and none can be built here: {error}")
+
+
+@pytest.fixture(scope="session")
+def nano(pack):
+    """The nano preset."""
+    from unialignment.world.presets import preset
+
+    return preset("nano", pack)
+
+
+@pytest.fixture(scope="session")
+def renderer(pack):
+    """A renderer at the nano preset's 64 px."""
+    from unialignment.world.render import Renderer
+
+    return Renderer(pack, 64)
+
+
 WORDS = (
     *("a", "the", "dog", "cat", "apple", "red", "blue", "background", "with", "on", "what", "is", "and", "next", "to"),
     *("segment", "estimate", "depth", "detect", "edges", "replace", "by"),

@@ -8,13 +8,11 @@ how outputs are judged.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
 
 from unialignment.data.sample import Sample
-from unialignment.errors import InputError
 from unialignment.evaluation.judge import Output
 
 
@@ -45,37 +43,23 @@ class ModelContestant:
 
     def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
         """See :class:`Contestant`."""
-        results: list[Output | None] = []
-        # A map's kind is said once per call, so that batches are of one kind; compositions batch by number of references.
-        for _, group in groupby(enumerate(samples), key=lambda pair: (pair[1].kind, len(pair[1].sources))):
-            items = list(group)
-            for start in range(0, len(items), self.batch_size):
-                part = items[start : start + self.batch_size]
-                results += self._run([sample for _, sample in part], [seed + index for index, _ in part])
-        return results
-
-    def _run(self, samples: list[Sample], seeds: list[int]) -> list[Output]:
-        task, kind = samples[0].task, samples[0].kind
-        options = {"seed": seeds, "progress": False, **self.settings.get(task, {})}
-        prompts = [sample.prompt for sample in samples]
-        firsts = [sample.sources[0] for sample in samples if sample.sources]
-        if task == "generate":
-            return _pictures(self.pipe.generate(prompts, **options))
-        if task == "edit":
-            return _pictures(self.pipe.edit(prompts, firsts, **options))
-        if task == "perceive":
-            return _pictures(self.pipe.perceive(firsts, kind=kind, prompt=prompts, **options))
-        if task == "control":
-            return _pictures(self.pipe.control(prompts, firsts, **options))
-        if task == "compose":
-            return _pictures(self.pipe.compose(prompts, [list(sample.sources) for sample in samples], **options))
-        if task == "caption":
-            return list(self.pipe.caption(firsts, **options).texts)
-        if task == "answer":
-            return list(self.pipe.answer(firsts, prompts, **options).texts)
-        if task == "infill":
-            return list(self.pipe.infill(firsts, prompts, **options).texts)
-        raise InputError(f"the evaluation does not know task {task!r}")
+        if not samples:
+            return []
+        task = samples[0].task
+        sources = [list(sample.sources) for sample in samples]
+        result = self.pipe.run(
+            task,
+            [sample.prompt or None for sample in samples],
+            sources if any(sources) else None,
+            kind=None,
+            seed=[seed + index for index in range(len(samples))],
+            batch_size=self.batch_size,
+            progress=False,
+            **self.settings.get(task, {}),
+        )
+        if hasattr(result, "texts"):
+            return list(result.texts)
+        return [np.asarray(image.convert("RGB")) for image in result.images]
 
 
 class Truth:
@@ -113,9 +97,7 @@ class CopySource:
 
     def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
         """See :class:`Contestant`."""
-        return [
-            sample.sources[0] if sample.target_image is not None and sample.sources else None for sample in samples
-        ]
+        return [sample.sources[0] if sample.target_image is not None and sample.sources else None for sample in samples]
 
 
 class RandomOther:
@@ -144,7 +126,3 @@ def reconstruct(pipe: Any, images: Sequence[np.ndarray]) -> list[Output]:
     with torch.inference_mode():
         decoded = autoencoder.decode(autoencoder.encode(values))
     return list(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
-
-
-def _pictures(result: Any) -> list[Output]:
-    return [np.asarray(image.convert("RGB")) for image in result.images]

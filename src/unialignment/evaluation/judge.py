@@ -14,8 +14,8 @@ import numpy as np
 from unialignment.data.sample import Sample
 from unialignment.errors import InputError
 from unialignment.evaluation import metrics
-from unialignment.evaluation.reading import holds, stated_relations
 from unialignment.world import language as lang
+from unialignment.world.captions import Description
 from unialignment.world.parser import SceneParser, match_scenes
 from unialignment.world.presets import WorldPreset
 from unialignment.world.questions import is_correct
@@ -42,6 +42,7 @@ class Judge:
         self.pack, self.preset = pack, preset
         self.parser = SceneParser(pack, preset)
         self.renderer = Renderer(pack, preset.resolution)
+        self._parsed: dict[bytes, Scene] = {}
         self._judges: dict[str, Callable[[Sample, np.ndarray], dict[str, float]]] = {
             "generate": self._generate,
             "edit": self._edit,
@@ -78,17 +79,29 @@ class Judge:
     # --- pictures -----------------------------------------------------------------------------------------------------
 
     def _drawn(self, image: np.ndarray) -> Scene:
-        return self.parser.parse(image).scene
+        # References show the same pictures again and again, and parsing takes longer than anything else here.
+        key = image.tobytes()
+        if key not in self._parsed:
+            self._parsed[key] = self.parser.parse(image).scene
+        return self._parsed[key]
 
     def _generate(self, sample: Sample, image: np.ndarray) -> dict[str, float]:
         scene, drawn = _scene(sample), self._drawn(image)
-        names = tuple(item.name for item in scene.objects)
+        stated: Description = sample.meta["description"]
         scores = {
-            "generate.objects": float(metrics.contains_all(_names(drawn), names)),
+            "generate.objects": float(metrics.contains_all(_names(drawn), _names(scene))),
             "generate.background": float(drawn.background == scene.background),
         }
-        if len(set(names)) == len(names) and (stated := stated_relations(sample.prompt, names)):
-            scores["generate.relations"] = float(all(holds(relation, drawn) for relation in stated))
+        found = [
+            drawn.objects.index(match.parsed) if match.found and match.parsed is not None else None
+            for match in match_scenes(drawn, scene).objects
+        ]
+        if stated.places:
+            scores["generate.places"] = float(all(_in_place(drawn, found[i], scene, i) for i in stated.places))
+        if stated.relations or stated.between:
+            related = all(_related(drawn, found[a], relation, found[b]) for a, relation, b in stated.relations)
+            between = all(_between(drawn, *(found[i] for i in three)) for three in stated.between)
+            scores["generate.relations"] = float(related and between)
         return scores
 
     def _edit(self, sample: Sample, image: np.ndarray) -> dict[str, float]:
@@ -96,7 +109,7 @@ class Judge:
         assert sample.target_image is not None
         untouched = (self.renderer.render(before) == self.renderer.render(after)).all(axis=-1)
         return {
-            "edit.success": float(match_scenes(self.parser.parse(image), after).exact(POSITION_TOLERANCE)),
+            "edit.success": float(match_scenes(self._drawn(image), after).exact(POSITION_TOLERANCE)),
             "edit.psnr_outside": metrics.psnr(image, sample.target_image, untouched),
         }
 
@@ -150,6 +163,18 @@ def backgrounds_named(text: str, preset: WorldPreset) -> set[str]:
     forms = sorted({form for name in preset.names for form in (name, lang.plural(name))}, key=len, reverse=True)
     rest = re.sub(r"(?<![\w-])(?:" + "|".join(map(re.escape, forms)) + r")(?![\w-])", " ", text)
     return {name for name in preset.backgrounds if re.search(rf"\b{name}\b", rest)}
+
+
+def _in_place(drawn: Scene, index: int | None, scene: Scene, expected: int) -> bool:
+    return index is not None and lang.place_of(drawn.objects[index]) == lang.place_of(scene.objects[expected])
+
+
+def _related(drawn: Scene, a: int | None, relation: str, b: int | None) -> bool:
+    return a is not None and b is not None and relation in lang.relations(drawn, a, b)
+
+
+def _between(drawn: Scene, middle: int | None, a: int | None, b: int | None) -> bool:
+    return middle is not None and a is not None and b is not None and lang.is_between(drawn, middle, a, b)
 
 
 def _names(scene: Scene) -> list[str]:

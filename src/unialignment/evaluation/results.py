@@ -47,6 +47,9 @@ METRICS: dict[str, Metric] = {
     "generate.relations": Metric(
         "generate", "relations right", "every relation that the prompt states holds (prompts that state one)"
     ),
+    "generate.places": Metric(
+        "generate", "places right", "every object whose place the prompt states stands there, by thirds of the canvas"
+    ),
     "generate.background": Metric("generate", "background right", "the parser finds the prompted background"),
     "edit.success": Metric(
         "edit", "edits right", "the parser finds exactly the right result: classes, styles, sizes, places, background"
@@ -114,8 +117,7 @@ class Results:
         """
         try:
             metrics = {
-                key: Estimate(data[key], *data["intervals"][key], count)
-                for key, count in data["counts"].items()
+                key: Estimate(data[key], *data["intervals"][key], count) for key, count in data["counts"].items()
             }
             rest = ("model", "preset", "split", "seed", "limit", "ceilings", "floors", "settings", "seconds")
             by_kind = {kind: Estimate(**item) for kind, item in data["by_kind_detail"].items()}
@@ -138,7 +140,9 @@ class Results:
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise InputError(f"no evaluation at {path}; write one with `unialign eval semgen-world --out {path}`") from None
+            raise InputError(
+                f"no evaluation at {path}; write one with `unialign eval semgen-world --out {path}`"
+            ) from None
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is not JSON: {error}") from error
 

@@ -39,7 +39,9 @@ Progress = Callable[[str, float], None]
 
 def held_out_samples(stream: WorldStream, task: str, count: int) -> list[Sample]:
     """The first ``count`` items of a task, sorted by kind (stably), so that batches are alike."""
-    return sorted((stream.sample(task, index) for index in range(count)), key=lambda item: (item.kind, len(item.sources)))
+    return sorted(
+        (stream.sample(task, index) for index in range(count)), key=lambda item: (item.kind, len(item.sources))
+    )
 
 
 def score_all(judge: Judge, contestant: Contestant, samples: Sequence[Sample], seed: int) -> list[dict[str, float]]:
@@ -143,7 +145,9 @@ def evaluate(
 def _by_kind(samples: Sequence[Sample], scores: Sequence[dict[str, float]], seed: int) -> dict[str, Estimate]:
     kinds = sorted({item.kind for item in samples})
     return {
-        kind: estimate([row["vqa.accuracy"] for item, row in zip(samples, scores, strict=True) if item.kind == kind], seed)
+        kind: estimate(
+            [row["vqa.accuracy"] for item, row in zip(samples, scores, strict=True) if item.kind == kind], seed
+        )
         for kind in kinds
     }
 

@@ -1,0 +1,150 @@
+"""The model card: tables from an evaluation's results, and a contact sheet of samples that nobody chose.
+
+Renders what it is given and measures nothing. Every figure in the card comes from the results' JSON, and the card says which
+command wrote that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unialignment.data.sample import Sample
+from unialignment.evaluation.contestants import ModelContestant
+from unialignment.evaluation.results import METRICS, Metric, Results
+from unialignment.evaluation.sheet import Panel, Row, contact_sheet
+
+RESULTS_FILE, SHEET_FILE, CARD_FILE = "evaluation.json", "samples.png", "card.md"
+"""Names beside the weights."""
+
+SHEET_TASKS = ("generate", "edit", "perceive", "control", "compose")
+
+
+def _number(value: float, metric: Metric) -> str:
+    return f"{value:.1f} dB" if metric.unit == "dB" else f"{100 * value:.1f} %"
+
+
+def _reference(tables: dict[str, dict[str, float]], key: str, metric: Metric) -> str:
+    found = [(name, table[key]) for name, table in tables.items() if key in table]
+    return ", ".join(f"{_number(value, metric)} ({name})" for name, value in found) or "–"
+
+
+def metric_table(results: Results) -> str:
+    """Markdown table of every metric with interval, ceilings, floors and number of items."""
+    lines = [
+        "| task | metric | value | 95 % interval | floor | ceiling | n |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for key, metric in METRICS.items():
+        if key not in results.metrics:
+            continue
+        item = results.metrics[key]
+        lines.append(
+            f"| {metric.task} | {metric.title} (`{key}`) | **{_number(item.value, metric)}** "
+            f"| {_number(item.low, metric)} – {_number(item.high, metric)} | {_reference(results.floors, key, metric)} "
+            f"| {_reference(results.ceilings, key, metric)} | {item.count} |"
+        )
+    return "\n".join(lines)
+
+
+def kind_table(results: Results) -> str:
+    """Markdown table of answer accuracy by kind of question."""
+    lines = ["| kind of question | right | 95 % interval | n |", "|---|---:|---:|---:|"]
+    share = METRICS["vqa.accuracy"]
+    for kind, item in sorted(results.by_kind.items()):
+        interval = f"{_number(item.low, share)} – {_number(item.high, share)}"
+        lines.append(f"| {kind} | {_number(item.value, share)} | {interval} | {item.count} |")
+    return "\n".join(lines)
+
+
+def render_card(results: Results, facts: dict[str, Any] | None = None) -> str:
+    """The card as Markdown.
+
+    Args:
+        results: An evaluation.
+        facts: Further lines for the table at the top, e.g. parameters, classes, training.
+    """
+    meanings = "\n".join(f"- `{key}`: {metric.meaning}." for key, metric in METRICS.items() if key in results.metrics)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in (facts or {}).items())
+    top = f"| | |\n|---|---|\n{rows}\n\n" if rows else ""
+    by_kind = f"### Questions by kind\n\n{kind_table(results)}\n\n" if results.by_kind else ""
+    settings = f" Sampler settings other than the defaults: `{results.settings}`." if results.settings else ""
+    return f"""# Model card: {results.model}
+
+{top}One diffusion transformer for every task below, trained from nothing on rendered scenes of the `{results.preset}` preset of the
+scene world. It knows that world's objects, styles and backgrounds, and nothing else: photographs, faces, written words and
+anything outside the world's vocabulary are beyond it.
+
+## Evaluation
+
+`unialign eval semgen-world --model {results.model} --seed {results.seed} --limit {results.limit}`
+
+Scenes are of the `{results.split}` split: each holds a combination (two classes together, or a class in a drawing style) that
+occurs in no training scene. What is drawn is judged by the world's parser, texts by exact answers; no network judges.
+Intervals are 95 % bootstrap intervals over items.{settings}
+
+{metric_table(results)}
+
+{meanings}
+
+Ceilings: *truth* is the true picture or text, *reconstruction* the true picture after this model's image autoencoder. Floors:
+*copy* gives the source back unchanged, *random* gives the target of another item.
+
+{by_kind}## Samples
+
+![samples]({SHEET_FILE})
+
+The first items of the held-out stream, with fixed seeds; none was chosen. The true result stands beside each picture.
+
+## Intended use
+
+Research, teaching and tests: a complete unified model that runs and trains on an ordinary processor. It is not meant for
+making decisions, nor for making pictures of the real world.
+
+## Licence
+
+Weights: Apache-2.0. The artwork that the training pictures were composed of is listed with its licences in `NOTICE`.
+"""
+
+
+def sheet_rows(pipe: Any, samples: dict[str, Sequence[Sample]], seed: int) -> list[Row]:
+    """Rows of the contact sheet: for each item its sources, what the model made, and the true result.
+
+    Args:
+        pipe: A loaded pipeline.
+        samples: Items by task, all with image targets.
+        seed: Item ``i`` is drawn with seed ``seed + i``.
+    """
+    contestant = ModelContestant(pipe)
+    rows = []
+    for task, items in samples.items():
+        panels: list[Panel] = []
+        for item, output in zip(items, contestant.outputs(items, seed), strict=True):
+            names = ["source"] if len(item.sources) == 1 else [f"image {i + 1}" for i in range(len(item.sources))]
+            panels += [Panel(source, name) for source, name in zip(item.sources, names, strict=True)]
+            assert not isinstance(output, str)
+            panels += [Panel(output, "model", item.prompt), Panel(item.target_image, "true result")]
+        rows.append(Row(task, tuple(panels)))
+    return rows
+
+
+def sample_sheet(pipe: Any, stream: Any, per_task: int = 6, seed: int = 0) -> Image.Image:
+    """Contact sheet of the first items of each picture task; nothing is chosen."""
+    samples = {task: [stream.sample(task, index) for index in range(per_task)] for task in SHEET_TASKS}
+    rows = sheet_rows(pipe, samples, seed)
+    subtitle = f"first {per_task} items of each task, split {stream.split}, seed {seed}: not chosen"
+    return contact_sheet(rows, "Samples", subtitle, columns=8, side=128)
+
+
+def write_card(folder: Path, results: Results, sheet: Image.Image | None, facts: dict[str, Any] | None = None) -> Path:
+    """Write card, results and contact sheet into a model's folder and return the card's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results.save(folder / RESULTS_FILE)
+    if sheet is not None:
+        sheet.save(folder / SHEET_FILE, optimize=True)
+    path = folder / CARD_FILE
+    path.write_text(render_card(results, facts), encoding="utf-8")
+    return path

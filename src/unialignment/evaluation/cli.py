@@ -1,0 +1,156 @@
+"""``unialign eval`` and ``unialign card``: arguments, and which functions they call. Knows nothing of measuring."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unialignment.errors import InputError
+
+BENCHMARKS = ("semgen-world",)
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="nano", help="bundled name, folder or hub id (default: nano)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes and samplers (default: 0)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: the best there is)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``unialign eval``."""
+    parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS, default=BENCHMARKS[0], help="what to run")
+    _add_shared(parser)
+    parser.add_argument("--limit", type=int, default=200, help="items per task (default: 200)")
+    parser.add_argument("--tasks", help="comma-separated tasks (default: all)")
+    parser.add_argument("--split", default="held_out", choices=("held_out", "train"), help="which scenes")
+    parser.add_argument("--preset", default="nano", help="world preset (default: nano)")
+    parser.add_argument("--batch-size", type=int, default=16, help="items per call (default: 16)")
+    parser.add_argument("--steps", type=int, help="denoising steps for pictures (default: each task's own)")
+    parser.add_argument("--guidance-scale", type=float, help="guidance for pictures (default: each task's own)")
+    parser.add_argument("--no-references", action="store_true", help="leave out ceilings and floors")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``unialign card``."""
+    _add_shared(parser)
+    parser.add_argument(
+        "--results", type=Path, help="an evaluation's JSON (default: evaluation.json beside the weights)"
+    )
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the model's own)")
+    parser.add_argument("--per-task", type=int, default=6, help="samples per task on the contact sheet (default: 6)")
+    parser.add_argument("--no-samples", action="store_true", help="keep the contact sheet that is there")
+    parser.add_argument("--json", action="store_true", help="print the path as JSON")
+
+
+def _world(preset_name: str, split: str, seed: int) -> tuple[Any, Any]:
+    from unialignment.world.presets import preset
+    from unialignment.world.sprites import SpritePack
+    from unialignment.world.stream import WorldStream
+
+    pack = SpritePack.load()
+    world = preset(preset_name, pack)
+    return pack, WorldStream(pack, world, split, seed)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print a table or JSON.
+
+    Raises:
+        InputError: an unusable argument.
+    """
+    import unialignment
+    from unialignment.evaluation.card import kind_table, metric_table
+    from unialignment.evaluation.judge import Judge
+    from unialignment.evaluation.world import RETRIEVAL_POOL, TASKS, evaluate
+
+    tasks = TASKS if args.tasks is None else tuple(name.strip() for name in args.tasks.split(","))
+    if unknown := [name for name in tasks if name not in TASKS]:
+        raise InputError(f"unknown task {', '.join(map(repr, unknown))}; expected some of {', '.join(TASKS)}")
+    for name in ("limit", "batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}; expected 1 or more")
+    pack, stream = _world(args.preset, args.split, args.seed)
+    pipe = unialignment.load(args.model, device=args.device)
+
+    def progress(name: str, seconds: float) -> None:
+        print(f"{name}: {seconds:.1f} s", file=sys.stderr)
+
+    results = evaluate(
+        pipe,
+        stream,
+        Judge(pack, stream.preset),
+        limit=args.limit,
+        seed=args.seed,
+        tasks=tasks,
+        model=args.model,
+        batch_size=args.batch_size,
+        settings=_settings(args.steps, args.guidance_scale),
+        references=not args.no_references,
+        pool=RETRIEVAL_POOL if args.tasks is None else 0,
+        progress=progress,
+    )
+    if args.out is not None:
+        results.save(args.out)
+    if args.json:
+        print(json.dumps(results.to_json(), indent=2))
+    else:
+        print(metric_table(results))
+        if results.by_kind:
+            print("\n" + kind_table(results))
+    return 0
+
+
+def _settings(steps: int | None, guidance: float | None) -> dict[str, dict[str, Any]]:
+    given = {"num_inference_steps": steps, "guidance_scale": guidance}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return {task: dict(chosen) for task in ("generate", "edit", "perceive", "control", "compose")} if chosen else {}
+
+
+def run_card(args: argparse.Namespace) -> int:
+    """Render the card of a model from its evaluation.
+
+    Raises:
+        InputError: there is no evaluation.
+    """
+    import unialignment
+    from unialignment.evaluation.card import RESULTS_FILE, sample_sheet, write_card
+    from unialignment.evaluation.results import Results
+    from unialignment.model.folders import resolve_model
+
+    folder = resolve_model(args.model)
+    results = Results.load(args.results or folder / RESULTS_FILE)
+    sheet = None
+    facts: dict[str, Any] = {"task registry": "generate, edit, perceive, control, compose, caption, answer, infill"}
+    if not args.no_samples:
+        _, stream = _world(results.preset, results.split, args.seed)
+        pipe = unialignment.load(args.model, device=args.device)
+        sheet = sample_sheet(pipe, stream, args.per_task, args.seed)
+    facts |= model_facts(folder)
+    path = write_card(args.out or folder, results, sheet, facts)
+    print(json.dumps({"card": str(path)}) if args.json else path)
+    return 0
+
+
+def model_facts(folder: Path) -> dict[str, str]:
+    """Rows of the card's first table that the weights themselves tell: parameters and size of each part."""
+    from safetensors import safe_open
+
+    facts = {}
+    for file in sorted(folder.glob("*/*.safetensors")):
+        with safe_open(file, "np") as tensors:
+            count = sum(_size(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        facts[file.parent.name] = f"{count / 1e6:.2f} M parameters, {file.stat().st_size / 2**20:.1f} MiB"
+    return facts
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size
