@@ -125,5 +125,7 @@ def sample_perception(
 
 def control_prompt(perception: Perception, caption: str, rng: np.random.Generator) -> str:
     """Prompt of the inverse task: which map it is, and what the picture shall show."""
-    template = lang.pick(rng, _CONTROL[perception.kind])
-    return template.format(caption=caption, target=perception.target)
+    templates = _CONTROL[perception.kind]
+    if ". " in caption:  # nothing can follow a full sentence
+        templates = tuple(template for template in templates if template.endswith("{caption}"))
+    return lang.pick(rng, templates).format(caption=caption, target=perception.target)
