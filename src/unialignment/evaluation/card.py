@@ -1,12 +1,12 @@
 """The model card: tables from an evaluation's results, and a contact sheet of samples that nobody chose.
 
-Renders what it is given and measures nothing. Every figure in the card comes from the results' JSON, and the card says which
-command wrote that.
+Renders what it is given and measures nothing. Every figure in the card comes from the results' JSON, and the card says
+which command wrote that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +74,24 @@ def render_card(results: Results, facts: dict[str, Any] | None = None) -> str:
     settings = f" Sampler settings other than the defaults: `{results.settings}`." if results.settings else ""
     return f"""# Model card: {results.model}
 
-{top}One diffusion transformer for every task below, trained from nothing on rendered scenes of the `{results.preset}` preset of the
-scene world. It knows that world's objects, styles and backgrounds, and nothing else: photographs, faces, written words and
-anything outside the world's vocabulary are beyond it.
+{top}One diffusion transformer for every task below, trained from nothing on rendered scenes of the scene world's
+`{results.preset}` preset. It knows that world's objects, styles and backgrounds, and nothing else: photographs, faces,
+written words and anything outside the world's vocabulary are beyond it.
 
 ## Evaluation
 
 `unialign eval semgen-world --model {results.model} --seed {results.seed} --limit {results.limit}`
 
-Scenes are of the `{results.split}` split: each holds a combination (two classes together, or a class in a drawing style) that
-occurs in no training scene. What is drawn is judged by the world's parser, texts by exact answers; no network judges.
-Intervals are 95 % bootstrap intervals over items.{settings}
+Scenes are of the `{results.split}` split: each holds a combination (two classes together, or a class in a drawing
+style) that occurs in no training scene. What is drawn is judged by the world's parser, texts by exact answers; no
+network judges. Intervals are 95 % bootstrap intervals over items.{settings}
 
 {metric_table(results)}
 
 {meanings}
 
-Ceilings: *truth* is the true picture or text, *reconstruction* the true picture after this model's image autoencoder. Floors:
-*copy* gives the source back unchanged, *random* gives the target of another item.
+Ceilings: *truth* is the true picture or text, *reconstruction* the true picture after this model's image autoencoder.
+Floors: *copy* gives the source back unchanged, *random* gives the target of another item.
 
 {by_kind}## Samples
 
@@ -101,8 +101,8 @@ The first items of the held-out stream, with fixed seeds; none was chosen. The t
 
 ## Intended use
 
-Research, teaching and tests: a complete unified model that runs and trains on an ordinary processor. It is not meant for
-making decisions, nor for making pictures of the real world.
+Research, teaching and tests: a complete unified model that runs and trains on an ordinary processor. It is not meant
+for making decisions, nor for making pictures of the real world.
 
 ## Licence
 
@@ -110,7 +110,7 @@ Weights: Apache-2.0. The artwork that the training pictures were composed of is 
 """
 
 
-def sheet_rows(pipe: Any, samples: dict[str, Sequence[Sample]], seed: int) -> list[Row]:
+def sheet_rows(pipe: Any, samples: Mapping[str, Sequence[Sample]], seed: int) -> list[Row]:
     """Rows of the contact sheet: for each item its sources, what the model made, and the true result.
 
     Args:

@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unialignment.errors import InputError
+
+if TYPE_CHECKING:
+    from unialignment.world.layout import Split
 
 BENCHMARKS = ("semgen-world",)
 
@@ -39,16 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_card_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``unialign card``."""
     _add_shared(parser)
-    parser.add_argument(
-        "--results", type=Path, help="an evaluation's JSON (default: evaluation.json beside the weights)"
-    )
+    parser.add_argument("--results", type=Path, help="an evaluation's JSON (default: the one beside the weights)")
     parser.add_argument("--out", type=Path, help="folder to write to (default: the model's own)")
     parser.add_argument("--per-task", type=int, default=6, help="samples per task on the contact sheet (default: 6)")
     parser.add_argument("--no-samples", action="store_true", help="keep the contact sheet that is there")
     parser.add_argument("--json", action="store_true", help="print the path as JSON")
 
 
-def _world(preset_name: str, split: str, seed: int) -> tuple[Any, Any]:
+def _world(preset_name: str, split: Split, seed: int) -> tuple[Any, Any]:
     from unialignment.world.presets import preset
     from unialignment.world.sprites import SpritePack
     from unialignment.world.stream import WorldStream
@@ -128,7 +129,7 @@ def run_card(args: argparse.Namespace) -> int:
     sheet = None
     facts: dict[str, Any] = {"task registry": "generate, edit, perceive, control, compose, caption, answer, infill"}
     if not args.no_samples:
-        _, stream = _world(results.preset, results.split, args.seed)
+        _, stream = _world(results.preset, "held_out", args.seed)
         pipe = unialignment.load(args.model, device=args.device)
         sheet = sample_sheet(pipe, stream, args.per_task, args.seed)
     facts |= model_facts(folder)

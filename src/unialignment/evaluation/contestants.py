@@ -1,8 +1,8 @@
 """Who is judged: the model, and the references that tell what its numbers mean.
 
-Ceilings are what a perfect model would score (the ground truth, and the ground truth after the autoencoder); floors are what
-one scores without looking (the source copied, or the target of some other item). All have one interface. Knows nothing of
-how outputs are judged.
+Ceilings are what a perfect model would score (the ground truth, and the ground truth after the autoencoder); floors are
+what one scores without looking (the source copied, or the target of some other item). All have one interface. Knows
+nothing of how outputs are judged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ModelContestant:
     Args:
         pipe: A loaded ``UniAlignmentPipeline``.
         batch_size: Items per call.
-        settings: Sampler settings by task (``{"generate": {"num_inference_steps": 20}}``); the task's defaults otherwise.
+        settings: Sampler settings by task (``{"generate": {"num_inference_steps": 20}}``), over the defaults.
     """
 
     def __init__(self, pipe: Any, batch_size: int = 16, settings: dict[str, dict[str, Any]] | None = None) -> None:

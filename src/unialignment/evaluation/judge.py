@@ -1,7 +1,7 @@
 """Judges what was drawn or said against what the scene world knows to be true, task by task.
 
-Pictures are judged by the world's parser and texts by exact answers; no network takes part. Knows nothing of who drew them:
-a model, the ground truth and a floor are judged alike.
+Pictures are judged by the world's parser and texts by exact answers; no network takes part. Knows nothing of who drew
+them: a model, the ground truth and a floor are judged alike.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Judge:
             return self._judges[sample.task](sample, output)
         known = ", ".join([*self._judges, *self._readers])
         raise InputError(
-            f"no judge for a {type(output).__name__} as output of task {sample.task!r}; expected a picture or a text for "
-            f"one of {known}"
+            f"no judge for a {type(output).__name__} as output of task {sample.task!r}; expected a picture or a text "
+            f"for one of {known}"
         )
 
     # --- pictures -----------------------------------------------------------------------------------------------------

@@ -116,9 +116,10 @@ class Results:
             InputError: a field is missing.
         """
         try:
-            metrics = {
-                key: Estimate(data[key], *data["intervals"][key], count) for key, count in data["counts"].items()
-            }
+            metrics = {}
+            for key, count in data["counts"].items():
+                low, high = data["intervals"][key]
+                metrics[key] = Estimate(data[key], low, high, count)
             rest = ("model", "preset", "split", "seed", "limit", "ceilings", "floors", "settings", "seconds")
             by_kind = {kind: Estimate(**item) for kind, item in data["by_kind_detail"].items()}
             return cls(metrics=metrics, by_kind=by_kind, **{name: data[name] for name in rest})
@@ -140,9 +141,7 @@ class Results:
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise InputError(
-                f"no evaluation at {path}; write one with `unialign eval semgen-world --out {path}`"
-            ) from None
+            raise InputError(f"no evaluation at {path}; write one with `unialign eval --out {path}`") from None
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is not JSON: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Contact sheets: labelled pictures in rows on one canvas, drawn with Pillow alone. Knows nothing of models or tasks."""
+"""Contact sheets: labelled pictures in rows on one canvas. Knows nothing of models or tasks."""
 
 from __future__ import annotations
 
