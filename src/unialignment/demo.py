@@ -2,7 +2,8 @@
 
 Draws pictures from prompts, describes one, answers questions about it, edits it, segments it, estimates its depth, and
 composes two, all with one model; writes a contact sheet and a self-contained page. Knows nothing of how any of it is
-done.
+composes two, all with one model; writes a contact sheet and a self-contained page. Does none of it itself.
+"""
 
 from __future__ import annotations
 
