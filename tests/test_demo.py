@@ -54,7 +54,7 @@ def test_the_page_holds_everything_itself(pipe: FakePipe, tmp_path) -> None:
     demo.main(["--out", str(tmp_path)])
     page = (tmp_path / "index.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:)', page)
-    assert page.count("data:image/png;base64,") == 20
+    assert page.count("data:image/png;base64,") == 14
     assert "&lt;caption 0&gt;" in page
 
 

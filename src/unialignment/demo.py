@@ -1,7 +1,6 @@
 """``python -m unialignment.demo``: the main job once, from prompt to page.
 
 Draws pictures from prompts, describes one, answers questions about it, edits it, segments it, estimates its depth, and
-composes two, all with one model; writes a contact sheet and a self-contained page. Knows nothing of how any of it is
 composes two, all with one model; writes a contact sheet and a self-contained page. Does none of it itself.
 """
 
@@ -67,16 +66,14 @@ def run(pipe: Any, seed: int, report: Report) -> None:
         lambda: pipe.generate(list(PROMPTS), seed=[seed + i for i in range(len(PROMPTS))], **quiet).images,
     )
     picture = drawn[MAIN]
-    report.rows.append(
-        Row(
-            "generate",
-            tuple(Panel(image, "", prompt) for image, prompt in zip(drawn, PROMPTS, strict=True)),
-            "pictures from text",
-        )
-    )
     captions = report.timed("caption", lambda: pipe.caption(drawn, **quiet).texts)
-    panels = tuple(Panel(image, "", text) for image, text in zip(drawn, captions, strict=True))
-    report.rows.append(Row("caption", panels, "the model describes what it drew, without its prompt"))
+    panels = (
+        Panel(image, "", f"prompt: {prompt}\ncaption: {text}")
+        for image, prompt, text in zip(drawn, PROMPTS, captions, strict=True)
+    )
+    report.rows.append(
+        Row("generate, then caption", tuple(panels), "captions are written without knowing the prompt")
+    )
     answers = report.timed(
         "answer", lambda: pipe.answer([picture] * len(QUESTIONS), list(QUESTIONS), seed=seed, **quiet).texts
     )
@@ -95,7 +92,7 @@ def run(pipe: Any, seed: int, report: Report) -> None:
                 Panel(mask, "segment", f"segment the {SUBJECT}"),
                 Panel(depth, "depth", "near is bright"),
                 Panel(edges, "edges", "outlines of objects"),
-                Panel(None, "answer", "  ".join(f"{q} {a}." for q, a in zip(QUESTIONS, answers, strict=True))),
+                Panel(None, "answer", "\n".join(f"{q} {a}" for q, a in zip(QUESTIONS, answers, strict=True))),
             ),
             "all from the first picture",
         )
@@ -146,7 +143,8 @@ def _figure(panel: Panel, title: str) -> str:
     if panel.image is not None:
         picture = f'<img alt="{label or html.escape(title)}" src="{_data_uri(enlarged(panel.image, 256))}">'
     heading = f"<b>{label}</b>" if label else ""
-    return f"<figure>{picture}<figcaption>{heading}{html.escape(panel.text)}</figcaption></figure>"
+    text = "<br>".join(html.escape(panel.text).splitlines())
+    return f"<figure>{picture}<figcaption>{heading}{text}</figcaption></figure>"
 
 
 def page(report: Report, title: str, note: str) -> str:

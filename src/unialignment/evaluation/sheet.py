@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Picture = Image.Image | np.ndarray
 
-PAPER, CARD, INK, SOFT, ACCENT = "#f4f1ea", "#ffffff", "#22262e", "#6c7280", "#3b5bdb"
+PAPER, CARD, FRAME, INK, SOFT, ACCENT = "#f4f1ea", "#ffffff", "#d9d4c8", "#22262e", "#6c7280", "#3b5bdb"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Panel:
     Attributes:
         image: PIL picture or ``[H, W, 3]`` uint8 array, of any size; ``None`` for a panel of words only.
         label: A word or two in bold: what it is.
-        text: A sentence, wrapped to the panel's width.
+        text: One or more lines, each wrapped to the panel's width.
     """
 
     image: Picture | None
@@ -115,8 +115,17 @@ def contact_sheet(
     return sheet
 
 
+def _wrapped(text: str, wrap: int) -> list[str]:
+    return [words for line in text.splitlines() for words in textwrap.wrap(line, wrap)]
+
+
 def _text_height(panels: Sequence[Panel], wrap: int, line: int) -> int:
-    return max((18 if panel.label else 0) + line * len(textwrap.wrap(panel.text, wrap)) for panel in panels) + 10
+    below = [
+        (18 if panel.label else 0) + line * len(_wrapped(panel.text, wrap))
+        for panel in panels
+        if panel.image is not None
+    ]
+    return max(below, default=0) + 10
 
 
 def _draw_panel(
@@ -125,13 +134,14 @@ def _draw_panel(
     if panel.image is not None:
         picture = enlarged(panel.image, side)
         sheet.paste(picture, (x, y))
-        draw.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline="#d9d4c8")
+        draw.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=FRAME)
+        y += side + 6
     else:
-        draw.rounded_rectangle((x, y, x + side - 1, y + side - 1), 10, fill=CARD, outline="#d9d4c8")
-    y += side + 6
+        draw.rounded_rectangle((x, y, x + side - 1, y + side - 1), 10, fill=CARD, outline=FRAME)
+        x, y, wrap = x + 10, y + 8, wrap - 3
     if panel.label:
         draw.text((x, y), panel.label, fill=INK, font=_font(14))
         y += 18
-    for words in textwrap.wrap(panel.text, wrap):
+    for words in _wrapped(panel.text, wrap):
         draw.text((x, y), words, fill=SOFT, font=_font(12))
         y += line
