@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from unialignment.training.config import OptimizerSection
 
@@ -168,7 +169,7 @@ class Muon(torch.optim.Optimizer):
         if not parameters:
             return
         states = [self.state[p] for p in parameters]
-        torch.optim.adamw.adamw(
+        adamw(
             parameters,
             [p.grad for p in parameters if p.grad is not None],
             [s["exp_avg"] for s in states],
