@@ -175,7 +175,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(run, monkeypatch: pytest.Monkey
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(UniAlignmentPipeline, "_decode", interrupt)
+    monkeypatch.setattr(UniAlignmentPipeline, "decode_latents", interrupt)
     code, out, err = run("generate", "the dog", *FAST)
     assert (code, out) == (130, "")
     assert err.strip() == "unialign: interrupted"

@@ -42,7 +42,8 @@ class CommonOptions(TypedDict, total=False):
             ``latents`` or ``ids``, and ``indices`` (which samples they are). A returned ``latents`` replaces the old.
         progress: Show a bar; ``None``: if standard error is a terminal.
         use_cache: Encode conditions once (``prefix`` models); switching it off gives the same result, slower.
-        fit: How pictures of another shape are fitted: ``"crop"`` or ``"pad"``.
+        fit: How pictures of another shape are fitted: ``"crop"`` to their middle, or ``"pad"`` with ``background``;
+            edited pictures and maps then have the padding cut off again.
         background: 8-bit RGB colour for transparent and padded parts of pictures; white unless given.
     """
 
@@ -270,7 +271,9 @@ def _request(
     given = _GAP.sub("[MASK]", prompt)
     if "[MASK]" not in given:
         raise InputError(f"{task.name}: the text has no gap; write [MASK] or ___ for each missing word")
-    return Request(prompt, task.condition_text("", kind or ""), negative, given, sources)
+    # Whether the text with gaps is a condition too, or only the canvas that is written on, is the template's to say.
+    shown = given if "{prompt}" in task.templates.get(kind or task.kinds[0], "") else ""
+    return Request(prompt, task.condition_text(shown, kind or ""), negative, given, sources)
 
 
 def expand_seeds(seed: Seed, count: int, each: int) -> list[list[int]]:

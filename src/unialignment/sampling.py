@@ -1,0 +1,365 @@
+"""The two paths of the pipeline: drawing pictures and writing texts, for any task, in micro-batches.
+
+What differs between tasks is read from their declarations. Knows nothing of how models are loaded or results are saved.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from unialignment.conditioning import Condition, Denoiser
+from unialignment.diffusion import Guidance, MaskedPath, TextDecoding, decode, seeded_normal, sigma_schedule, solve
+from unialignment.diffusion.guidance import Branch
+from unialignment.diffusion.solvers import SOLVERS
+from unialignment.errors import InputError
+from unialignment.images import ImageInput, fit_image, load_image
+from unialignment.inputs import Images, Prompts, Request, build_requests, expand_seeds, merge_options
+from unialignment.outputs import ImageResult, TextResult
+from unialignment.tasks import Task
+
+if TYPE_CHECKING:
+    from unialignment.pipeline import UniAlignmentPipeline
+
+TOKENS_AT_ONCE = 16_384
+"""Target tokens in flight, guidance branches included, from which the default ``batch_size`` follows."""
+_SETTINGS = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "negative_prompt", "fit")
+_IMAGE_SETTINGS = (*_SETTINGS, "guidance_interval", "solver", "shift", "best_of")
+_TEXT_SETTINGS = (*_SETTINGS, "temperature", "top_p", "decoding")
+
+
+@torch.no_grad()
+def draw(
+    pipe: UniAlignmentPipeline,
+    task: Task,
+    prompt: Prompts,
+    images: Images,
+    kind: str | None,
+    given: Mapping[str, Any],
+) -> ImageResult:
+    """Run a task whose target is a picture.
+
+    Args:
+        pipe: The model.
+        task: Its declaration.
+        prompt: One or a list.
+        images: One, a list, or a list of lists.
+        kind: See :func:`~unialignment.inputs.build_requests`.
+        given: The user's options, :class:`~unialignment.inputs.ImageOptions`.
+
+    Raises:
+        InputError: An input or an option is unusable.
+    """
+    options, requests = _prepare(pipe, task, prompt, images, kind, given)
+    keep = options["num_images_per_prompt"]
+    drawn = max(keep, options["best_of"] or 1)
+    guidance = Guidance(
+        options["guidance_scale"], options["image_guidance_scale"], _interval(options["guidance_interval"])
+    )
+    if options["solver"] not in SOLVERS:
+        raise InputError(f"solver must be one of {', '.join(SOLVERS)}, got {options['solver']!r}")
+    if drawn > keep and any(not request.prompt for request in requests):
+        raise InputError(f"best_of compares pictures with their prompt, and {task.name} was given none")
+    sigmas = sigma_schedule(options["num_inference_steps"], options["shift"])
+    width, height = _size(pipe, options["width"], options["height"])
+    seeds = expand_seeds(options["seed"], len(requests), drawn)
+    sources = _Sources(pipe, requests, width, height, options)
+    samples = [(row, seed) for row, row_seeds in enumerate(seeds) for seed in row_seeds]
+    factor = pipe.autoencoder.spatial_factor
+    shape = (pipe.transformer.config.in_channels, height // factor, width // factor)
+    tokens = shape[1] * shape[2] // pipe.transformer.config.patch_size**2 * len(guidance.branches(True))
+    texts = pipe.embed_text([request.prompt for request in requests]) if drawn > keep else None
+    scores = torch.zeros(len(samples))
+    pictures: dict[int, Image.Image] = {}
+    groups = _groups(samples, requests, options["batch_size"], tokens)
+    with _bar(pipe, task, len(groups), options) as bar:
+        for indices in groups:
+            rows = [samples[index][0] for index in indices]
+            denoiser = _denoiser(pipe, requests, sources, rows, guidance, options["use_cache"])
+            velocity = _guided_velocity(denoiser, guidance, bool(requests[rows[0]].sources))
+            noise = seeded_normal([samples[index][1] for index in indices], shape).to(pipe.device)
+            hook = _step_hook(pipe, options["callback_on_step_end"], indices, sigmas, bar)
+            latents = solve(velocity, noise, sigmas, options["solver"], hook)
+            for index, row, picture in zip(indices, rows, pipe.decode_latents(latents), strict=True):
+                pictures[index] = picture.crop(sources.content(row)) if task.size_from_source else picture
+            if texts is not None:
+                scores[indices] = (pipe.embed_latents(latents) * texts[rows]).sum(-1)
+    chosen = _best(scores, len(requests), drawn, keep) if texts is not None else list(range(len(samples)))
+    return ImageResult(
+        images=[pictures[index] for index in chosen],
+        seeds=[samples[index][1] for index in chosen],
+        prompts=[requests[samples[index][0]].prompt for index in chosen],
+        task=task.name,
+        model=pipe.name,
+        settings={**_kind(kind), "width": width, "height": height, **_plain(options, _IMAGE_SETTINGS)},
+        scores=[float(scores[index]) for index in chosen] if texts is not None else None,
+    )
+
+
+@torch.no_grad()
+def write(
+    pipe: UniAlignmentPipeline,
+    task: Task,
+    prompt: Prompts,
+    images: Images,
+    kind: str | None,
+    given: Mapping[str, Any],
+) -> TextResult:
+    """Run a task whose target is a text.
+
+    Arguments as for :func:`draw`, with the options of :class:`~unialignment.inputs.TextOptions`.
+
+    Raises:
+        InputError: An input or an option is unusable.
+    """
+    options, requests = _prepare(pipe, task, prompt, images, kind, given)
+    guidance = Guidance(options["guidance_scale"], options["image_guidance_scale"])
+    steps = options["num_inference_steps"]
+    decoding = TextDecoding(options["decoding"], steps, options["temperature"], options["top_p"])
+    length = options["max_length"] or task.target_length
+    if length > pipe.text_limit:
+        raise InputError(f"max_length must be at most {pipe.text_limit} tokens for this model, got {length}")
+    seeds = [row[0] for row in expand_seeds(options["seed"], len(requests), 1)]
+    sources = _Sources(pipe, requests, pipe.default_size, pipe.default_size, options)
+    path = MaskedPath(pipe.tokenizer.mask_token_id)
+    end = pipe.tokenizer.pad_token_id
+    texts: dict[int, str] = {}
+    groups = _groups([(row, 0) for row in range(len(requests))], requests, options["batch_size"], length)
+    with _bar(pipe, task, len(groups), options) as bar:
+        for rows in groups:
+            denoiser = _denoiser(pipe, requests, sources, rows, guidance, options["use_cache"])
+            branches = guidance.branches(bool(requests[rows[0]].sources))
+            # A gap is a missing word, never the end of the text.
+            logits = _guided_logits(pipe, denoiser, guidance, branches, end if task.gaps else None)
+            ids = _canvas(pipe, [requests[row] for row in rows], length).to(pipe.device)
+            hook = _TextHook(pipe, options["callback_on_step_end"], rows, steps, bar)
+            own = [seeds[row] for row in rows]
+            filled = decode(logits, ids, path, decoding, own, None if task.gaps else end, hook)
+            bar.update(hook.rest())
+            texts.update(zip(rows, pipe.tokenizer.decode(filled.cpu()), strict=True))
+    return TextResult(
+        texts=[texts[row] for row in range(len(requests))],
+        seeds=seeds,
+        prompts=[request.prompt for request in requests],
+        task=task.name,
+        model=pipe.name,
+        settings={**_kind(kind), "max_length": length, **_plain(options, _TEXT_SETTINGS)},
+    )
+
+
+# --------------------------------------------------------------------------------------------------- inputs and results
+
+
+def _prepare(
+    pipe: UniAlignmentPipeline,
+    task: Task,
+    prompt: Prompts,
+    images: Images,
+    kind: str | None,
+    given: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[Request]]:
+    options = merge_options(task, pipe.sampling.get(task.name, {}), given)
+    requests = build_requests(task, prompt, images, kind, options["negative_prompt"])
+    for request in requests:
+        pipe.check_length(request.text)
+        pipe.check_length(request.negative)
+    return options, requests
+
+
+class _Sources:
+    """Condition pictures of all requests, loaded and fitted before any computation; each is decoded once."""
+
+    def __init__(
+        self,
+        pipe: UniAlignmentPipeline,
+        requests: Sequence[Request],
+        width: int,
+        height: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.width, self.height, self.fit = width, height, options["fit"]
+        self._sizes: dict[int, tuple[int, int]] = {}
+        loaded: dict[int, Image.Image] = {}  # by identity: one picture with many questions is decoded once
+
+        def one(source: ImageInput) -> Image.Image:
+            if id(source) not in loaded:
+                image = load_image(source, allow_urls=pipe.allow_urls, background=options["background"])
+                self._sizes[id(source)] = image.size
+                loaded[id(source)] = fit_image(image, width, height, options["fit"], options["background"])
+            return loaded[id(source)]
+
+        self.pictures = [tuple(one(source) for source in request.sources) for request in requests]
+        self._first = [self._sizes[id(request.sources[0])] if request.sources else None for request in requests]
+
+    def content(self, row: int) -> tuple[int, int, int, int]:
+        """The box that the first picture of a request fills: all of it, unless it was padded."""
+        size = self._first[row]
+        if size is None or self.fit == "crop":
+            return 0, 0, self.width, self.height
+        scale = min(self.width / size[0], self.height / size[1])
+        width, height = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+        left, top = (self.width - width) // 2, (self.height - height) // 2
+        return left, top, left + width, top + height
+
+
+def _size(pipe: UniAlignmentPipeline, width: int | None, height: int | None) -> tuple[int, int]:
+    patch = pipe.transformer.config.patch_size * pipe.autoencoder.spatial_factor
+    largest = pipe.transformer.config.pos_embed_max_size * patch
+    for name, value in (("width", width), ("height", height)):
+        if value is not None and (value % patch or value > largest):
+            raise InputError(f"{name} must be a multiple of {patch} up to {largest} for this model, got {value}")
+    return width or pipe.default_size, height or pipe.default_size
+
+
+def _canvas(pipe: UniAlignmentPipeline, requests: Sequence[Request], length: int) -> Tensor:
+    """Target ids ``[B, length]``: masks where to write, given words elsewhere."""
+    given = [request.given for request in requests]
+    if all(text is None for text in given):
+        return torch.full((len(requests), length), pipe.tokenizer.mask_token_id)
+    ids, _ = pipe.tokenizer.encode([text or "" for text in given], gaps=True)
+    if ids.shape[1] > length:
+        raise InputError(f"a text of {ids.shape[1]} tokens doesn't fit max_length={length}; shorten it or raise that")
+    padding = length - ids.shape[1]
+    return torch.nn.functional.pad(ids, (0, padding), value=pipe.tokenizer.pad_token_id)
+
+
+def _best(scores: Tensor, inputs: int, drawn: int, keep: int) -> list[int]:
+    """Indices of the ``keep`` highest scores of each input, best first."""
+    order = scores.view(inputs, drawn).argsort(dim=1, descending=True, stable=True)[:, :keep]
+    return [row * drawn + int(column) for row, columns in enumerate(order.tolist()) for column in columns]
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(number) for number in value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"guidance_interval must be two numbers (low, high) in 0–1, got {value!r}") from error
+    return low, high
+
+
+def _kind(kind: str | None) -> dict[str, Any]:
+    return {} if kind == "" else {"kind": kind}
+
+
+def _plain(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    plain = {name: options[name] for name in names if options[name] is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- micro-batches
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+    """Consecutive slices of at most ``size`` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _groups(
+    samples: Sequence[tuple[int, int]], requests: Sequence[Request], batch_size: int | None, tokens: int
+) -> list[list[int]]:
+    """Sample indices that are computed together: those with equally many sources, ``batch_size`` at a time."""
+    size = batch_size or max(1, min(64, TOKENS_AT_ONCE // max(tokens, 1)))
+    by_sources: dict[int, list[int]] = {}
+    for index, (row, _) in enumerate(samples):
+        by_sources.setdefault(len(requests[row].sources), []).append(index)
+    return [chunk for group in by_sources.values() for chunk in chunks(group, size)]
+
+
+def _denoiser(
+    pipe: UniAlignmentPipeline,
+    requests: Sequence[Request],
+    sources: _Sources,
+    rows: Sequence[int],
+    guidance: Guidance,
+    cached: bool,
+) -> Denoiser:
+    """The model as a function of target tokens, given the conditions of ``rows``, each encoded once."""
+    unique = list(dict.fromkeys(rows))
+    chosen = [requests[row] for row in unique]
+    count = len(chosen[0].sources)
+    latents = [pipe.encode_images([sources.pictures[row][number] for row in unique]) for number in range(count)]
+    conditions: dict[Branch, Condition] = {}
+    for branch in guidance.branches(count > 0):
+        texts = [request.text if branch == "full" else request.negative for request in chosen]
+        conditions[branch] = pipe.condition(texts, [] if branch == "nothing" else latents)
+    index = torch.tensor([unique.index(row) for row in rows], device=pipe.device)
+    return Denoiser(pipe.transformer, conditions, index, cached)
+
+
+def _guided_velocity(denoiser: Denoiser, guidance: Guidance, has_sources: bool) -> Callable[[Tensor, float], Tensor]:
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        return guidance.combine(denoiser.velocity(guidance.branches(has_sources, sigma), x, sigma))
+
+    return velocity
+
+
+def _guided_logits(
+    pipe: UniAlignmentPipeline,
+    denoiser: Denoiser,
+    guidance: Guidance,
+    branches: tuple[Branch, ...],
+    excluded: int | None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def logits(ids: Tensor, positions: Tensor) -> Tensor:
+        embeds = pipe.text_embedder.embed(ids).to(pipe.dtype)
+        result = guidance.combine(denoiser.logits(branches, embeds, positions))
+        if excluded is not None:
+            result[:, excluded] = -torch.inf
+        return result
+
+    return logits
+
+
+# -------------------------------------------------------------------------------------------- progress and callbacks
+
+
+def _bar(pipe: UniAlignmentPipeline, task: Task, groups: int, options: Mapping[str, Any]) -> Any:
+    progress = options["progress"]
+    shown = sys.stderr.isatty() if progress is None else progress
+    total = groups * options["num_inference_steps"]
+    return tqdm(**{"total": total, "desc": task.name, "leave": False, "disable": not shown, **pipe.progress_options})
+
+
+def _step_hook(
+    pipe: UniAlignmentPipeline, callback: Any, indices: list[int], sigmas: list[float], bar: Any
+) -> Callable[[int, float, Tensor], Tensor | None]:
+    def hook(step: int, sigma: float, x: Tensor) -> Tensor | None:
+        bar.update(1)
+        if callback is None:
+            return None
+        # As in diffusers, the timestep is the one that the step started from.
+        replaced = callback(pipe, step, 1000.0 * sigmas[step], {"latents": x, "indices": indices})
+        latents = replaced.get("latents") if isinstance(replaced, dict) else None
+        if latents is None:
+            return None
+        if not isinstance(latents, Tensor) or latents.shape != x.shape:
+            raise InputError(f"callback_on_step_end must return latents of shape {list(x.shape)}, or nothing")
+        return latents.to(x)
+
+    return hook
+
+
+class _TextHook:
+    """Counts decoding steps, which may end early, and hands the ids to the user's callback."""
+
+    def __init__(self, pipe: UniAlignmentPipeline, callback: Any, rows: list[int], steps: int, bar: Any) -> None:
+        self.pipe, self.callback, self.rows, self.steps, self.bar = pipe, callback, rows, steps, bar
+        self.done = 0
+
+    def __call__(self, step: int, ids: Tensor) -> None:
+        self.bar.update(step + 1 - self.done)
+        self.done = step + 1
+        if self.callback is not None:
+            time = 1000.0 * (1 - step / self.steps)
+            self.callback(self.pipe, step, time, {"ids": ids, "indices": self.rows})
+
+    def rest(self) -> int:
+        """Steps that were not needed."""
+        return self.steps - self.done
