@@ -190,7 +190,7 @@ def test_unusable_options(tiny_pipeline, image: Image.Image, options: dict, word
 def test_texts_that_do_not_fit(tiny_pipeline, image: Image.Image):
     with complains(InputError, "max_length"):
         tiny_pipeline.caption(image, max_length=1000)
-    with complains(InputError, "max_length=2"):
+    with complains(InputError, "at most 2 fit"):
         tiny_pipeline.infill(image, "the dog and the ___", max_length=2)
     with complains(InputError, "top_p"):
         tiny_pipeline.caption(image, temperature=1.0, top_p=0.0)

@@ -261,6 +261,13 @@ def test_infill_keeps_the_given_words(tiny_pipeline):
     assert result.texts[0].endswith("background")
 
 
+def test_a_long_text_with_gaps_gets_a_longer_canvas_whatever_its_batch(tiny_pipeline):
+    texts = ["the ___ dog", "the dog and " * 14 + "the ___"]
+    together = tiny_pipeline.infill(picture(0), texts)
+    assert together.texts == [tiny_pipeline.infill(picture(0), text).texts[0] for text in texts]
+    assert together.texts[1].count("dog") >= 14
+
+
 @pytest.mark.parametrize("decoding", ["confidence", "ancestral"])
 def test_sampled_texts_repeat_with_their_seed(tiny_pipeline, decoding: str):
     def write(seed: int) -> str:

@@ -6,7 +6,7 @@ What differs between tasks is read from their declarations. Knows nothing of how
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +77,7 @@ def draw(
     texts = pipe.embed_text([request.prompt for request in requests]) if drawn > keep else None
     scores = torch.zeros(len(samples))
     pictures: dict[int, Image.Image] = {}
-    groups = _groups(samples, requests, options["batch_size"], tokens)
+    groups = _groups([len(requests[row].sources) for row, _ in samples], options["batch_size"], tokens)
     with _bar(pipe, task, len(groups), options) as bar:
         for indices in groups:
             rows = [samples[index][0] for index in indices]
@@ -130,14 +130,16 @@ def write(
     path = MaskedPath(pipe.tokenizer.mask_token_id)
     end = pipe.tokenizer.pad_token_id
     texts: dict[int, str] = {}
-    groups = _groups([(row, 0) for row in range(len(requests))], requests, options["batch_size"], length)
+    canvases = [_canvas(pipe, request, length, fixed=options["max_length"] is not None) for request in requests]
+    shapes = [(len(request.sources), len(canvas)) for request, canvas in zip(requests, canvases, strict=True)]
+    groups = _groups(shapes, options["batch_size"], length)
     with _bar(pipe, task, len(groups), options) as bar:
         for rows in groups:
             denoiser = _denoiser(pipe, requests, sources, rows, guidance, options["use_cache"])
             branches = guidance.branches(bool(requests[rows[0]].sources))
             # A gap is a missing word, never the end of the text.
             logits = _guided_logits(pipe, denoiser, guidance, branches, end if task.gaps else None)
-            ids = _canvas(pipe, [requests[row] for row in rows], length).to(pipe.device)
+            ids = torch.stack([canvases[row] for row in rows]).to(pipe.device)
             hook = _TextHook(pipe, options["callback_on_step_end"], rows, steps, bar)
             own = [seeds[row] for row in rows]
             filled = decode(logits, ids, path, decoding, own, None if task.gaps else end, hook)
@@ -217,16 +219,19 @@ def _size(pipe: UniAlignmentPipeline, width: int | None, height: int | None) -> 
     return width or pipe.default_size, height or pipe.default_size
 
 
-def _canvas(pipe: UniAlignmentPipeline, requests: Sequence[Request], length: int) -> Tensor:
-    """Target ids ``[B, length]``: masks where to write, given words elsewhere."""
-    given = [request.given for request in requests]
-    if all(text is None for text in given):
-        return torch.full((len(requests), length), pipe.tokenizer.mask_token_id)
-    ids, _ = pipe.tokenizer.encode([text or "" for text in given], gaps=True)
-    if ids.shape[1] > length:
-        raise InputError(f"a text of {ids.shape[1]} tokens doesn't fit max_length={length}; shorten it or raise that")
-    padding = length - ids.shape[1]
-    return torch.nn.functional.pad(ids, (0, padding), value=pipe.tokenizer.pad_token_id)
+def _canvas(pipe: UniAlignmentPipeline, request: Request, length: int, fixed: bool) -> Tensor:
+    """Target ids ``[L]``: masks where to write, given words elsewhere.
+
+    L is ``length``, or what a longer given text needs unless ``fixed``. It must not depend on other requests.
+    """
+    if request.given is None:
+        return torch.full((length,), pipe.tokenizer.mask_token_id)
+    ids = pipe.tokenizer.encode([request.given], gaps=True)[0][0]
+    limit = length if fixed else pipe.text_limit
+    if len(ids) > limit:
+        raise InputError(f"a text of {len(ids):,} tokens is too long, at most {limit} fit here; shorten it")
+    missing = max(0, length - len(ids))
+    return torch.nn.functional.pad(ids, (0, missing), value=pipe.tokenizer.pad_token_id)
 
 
 def _best(scores: Tensor, inputs: int, drawn: int, keep: int) -> list[int]:
@@ -261,15 +266,13 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
         yield items[start : start + size]
 
 
-def _groups(
-    samples: Sequence[tuple[int, int]], requests: Sequence[Request], batch_size: int | None, tokens: int
-) -> list[list[int]]:
-    """Sample indices that are computed together: those with equally many sources, ``batch_size`` at a time."""
+def _groups(shapes: Sequence[Hashable], batch_size: int | None, tokens: int) -> list[list[int]]:
+    """Sample indices that are computed together: those of equal shape, ``batch_size`` at a time."""
     size = batch_size or max(1, min(64, TOKENS_AT_ONCE // max(tokens, 1)))
-    by_sources: dict[int, list[int]] = {}
-    for index, (row, _) in enumerate(samples):
-        by_sources.setdefault(len(requests[row].sources), []).append(index)
-    return [chunk for group in by_sources.values() for chunk in chunks(group, size)]
+    by_shape: dict[Hashable, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        by_shape.setdefault(shape, []).append(index)
+    return [chunk for group in by_shape.values() for chunk in chunks(group, size)]
 
 
 def _denoiser(
