@@ -90,7 +90,7 @@ def image_options(args: argparse.Namespace) -> dict[str, Any]:
         num_images_per_prompt=args.num_images,
         best_of=args.best_of,
         batch_size=args.batch_size,
-        progress=not args.quiet,
+        progress=False if args.quiet else None,
     )
 
 
@@ -104,7 +104,7 @@ def text_options(args: argparse.Namespace) -> dict[str, Any]:
         top_p=args.top_p,
         decoding=args.decoding,
         batch_size=args.batch_size,
-        progress=not args.quiet,
+        progress=False if args.quiet else None,
     )
 
 
