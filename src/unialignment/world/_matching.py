@@ -2,8 +2,8 @@
 
 Knows templates (premultiplied RGBA), canvases and arithmetic; knows nothing of classes, search or acceptance.
 
-One sprite with premultiplied colour ``S`` and coverage ``a`` is drawn between what lies behind it, ``B``, and what lies in
-front of it (premultiplied colour ``F``, transmittance ``w``):
+One sprite with premultiplied colour ``S`` and coverage ``a`` is drawn between what lies behind it, ``B``, and what lies
+in front of it (premultiplied colour ``F``, transmittance ``w``):
 
     picture = F + w * ((1 - a) * B + S)
 
@@ -11,8 +11,9 @@ With ``D = I - F - w * B`` (the error without the sprite) the squared error fall
 
     gain = 2 <w D, S - a B> - |w (S - a B)|^2
 
-which is linear in nine per-pixel features of the canvas, ``wD`` (3), ``w <D, B>``, ``w^2``, ``w^2 B`` (3) and ``w^2 |B|^2``,
-against nine per-pixel weights of the template. All templates at all positions are therefore two matrix products.
+which is linear in nine per-pixel features of the canvas, ``wD`` (3), ``w <D, B>``, ``w^2``, ``w^2 B`` (3) and
+``w^2 |B|^2``, against nine per-pixel weights of the template. All templates at all positions are therefore two matrix
+products.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ CORRELATION_CHANNELS = 4
 def blur_matrix(size: int, sigma: float, pad: int = 0) -> Array:
     """Matrix ``[size + 2 pad, size]`` that blurs one axis with a Gaussian of ``sigma`` pixels.
 
-    Without padding rows are renormalised (a picture's edge does not darken); with padding the signal is zero outside, as a
-    sprite's coverage is.
+    Without padding rows are renormalised (a picture's edge does not darken); with padding the signal is zero outside,
+    as a sprite's coverage is.
     """
     target = np.arange(size + 2 * pad, dtype=np.float64) - pad
     kernel = np.exp(-0.5 * ((target[:, None] - np.arange(size)[None]) / sigma) ** 2)
@@ -52,7 +53,7 @@ def shrink_matrix(size: int, factor: int, offset: int = 0) -> Array:
 
 
 def apply_separable(image: Array, rows: Array, columns: Array | None = None) -> Array:
-    """``rows`` applied along the first axis of ``image [H, W, C]``, ``columns`` (by default the same) along the second."""
+    """``rows`` along the first axis of ``image [H, W, C]``, ``columns`` (by default the same) along the second."""
     height, width, channels = image.shape
     first = (rows @ image.reshape(height, -1)).reshape(-1, width, channels)
     return np.ascontiguousarray((rows if columns is None else columns) @ first)
@@ -102,8 +103,8 @@ class ScanBank:
 
     Attributes:
         correlation: ``[T, n * n * 4]``.
-        energy: ``[T, n * n * 5 / 4]``, summed over blocks of 2 x 2 pixels: what lies behind a sprite is smooth nearly everywhere,
-            and where it isn't, an approximate energy is good enough for choosing candidates.
+        energy: ``[T, n * n * 5 / 4]``, summed over blocks of 2 x 2 pixels: what lies behind a sprite is smooth nearly
+            everywhere, and where it isn't, an approximate energy is good enough for choosing candidates.
         side: ``n``, padded side in scan pixels, even.
         starts: Left and top edges searched, in scan pixels.
     """

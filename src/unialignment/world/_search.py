@@ -1,7 +1,8 @@
 """Searches the placements of templates that explain one picture with the least squared error.
 
-Greedy addition behind or in front of what is already explained, then each object is re-fitted given the others, what fits badly is dropped, and overlapping objects are reordered. Knows
-templates and positions, not classes, backgrounds or acceptance.
+Greedy addition behind or in front of what is already explained; then each object is re-fitted given the others, what
+fits badly is dropped, and overlapping objects are reordered or, if they stay doubtful, searched anew. Knows templates
+and positions, not classes, choice of background or acceptance.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from unialignment.world.scene import CANVAS_UNITS
 GOOD_FIT = 0.93
 """Objects that explain this fraction of what they promise are left alone."""
 
+DOUBTFUL_FIT = 0.75
+"""Overlapping objects of which one explains less than this fraction are both searched anew from other first guesses."""
+
 BAD_FIT = 0.4
 """Objects that explain less than this fraction, given all others, are dropped and searched anew."""
 
@@ -27,7 +31,13 @@ _NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, 
 
 @dataclass(frozen=True)
 class Placed:
-    """A template on the canvas; left and top edge in scene units."""
+    """A template on the canvas.
+
+    Attributes:
+        key: Which template.
+        x: Left edge in scene units.
+        y: Top edge in scene units.
+    """
 
     key: Key
     x: int
@@ -58,7 +68,7 @@ class Fit:
 
     @property
     def merit(self) -> float:
-        """Gain, discounted when the template promised more than it explained: a sprite that covers two others does that."""
+        """Gain, discounted when the template promised more, as one that covers two real objects at once does."""
         return self.gain * max(self.quality, 0.0)
 
 
@@ -70,8 +80,8 @@ class Geometry:
         side: Side of the picture in pixels.
         unit: Pixels per scene unit.
         pad: Template padding in pixels.
-        scan: Matrices ``[scan side, side]`` that shrink a picture for the scan, one per phase: with more than one, positions
-            between scan pixels are searched too, each offset by one scene unit from the previous.
+        scan: Matrices ``[scan side, side]`` that shrink a picture for the scan, one per phase: with more than one,
+            positions between scan pixels are searched too, each offset by one scene unit from the previous.
         scan_pad: Template padding in scan pixels.
         scan_units: Scene units per scan pixel.
     """
@@ -82,6 +92,15 @@ class Geometry:
     scan: tuple[Array, ...]
     scan_pad: int
     scan_units: int
+
+
+def depth_orders(placed: list[Placed], most: int = 5) -> list[list[Placed]]:
+    """The given order first, then all others of the objects that touch another, unless these are more than ``most``."""
+    touching = [a for a in placed if any(a is not b and a.touches(b) for b in placed)]
+    if len(touching) < 2 or len(touching) > most:
+        return [placed]
+    free = [item for item in placed if item not in touching]
+    return [[*free, *order] for order in permutations(touching)]
 
 
 class Synthesis:
@@ -154,12 +173,59 @@ class Search:
         return float(((self._picture - self._synthesis.compose(self._background, placed)) ** 2).sum())
 
     def run(self, start: Sequence[Placed] = ()) -> tuple[list[Placed], float]:
-        """Best placements found, far to near, and their error.
+        """Placements found, far to near, and their error.
 
         Args:
             start: Placements to begin with, e.g. those found at another sharpness.
         """
-        placed = self._add(list(start))
+        return self._improve(self._add(list(start)))
+
+    def reconsider(self, placed: list[Placed]) -> tuple[list[Placed], float]:
+        """``placed`` or a better explanation of overlapping objects that fit badly, and its error.
+
+        A wrong first guess among overlapping objects hides the right ones: both are searched anew from other guesses.
+        """
+        best, least = placed, self.error(placed)
+        for pair in self._doubtful_pairs(placed):
+            rest = [item for item in placed if item not in pair]
+            for fit in self._best_fits([], rest, 3):
+                if fit.placed not in pair:
+                    candidate, error = self._improve(self._add(self._reorder([fit.placed, *rest])))
+                    if error < least:
+                        best, least = candidate, error
+        return best, least
+
+    def polish(self, placed: list[Placed]) -> list[Placed]:
+        """Positions of overlapping objects fitted once more, now that depth order and neighbours are known."""
+        for index, item in enumerate(placed):
+            others = [*placed[:index], *placed[index + 1 :]]
+            if any(item.touches(other) for other in others):
+                fine = self._fine(placed[:index], placed[index + 1 :])
+                placed = [*placed[:index], self._climb(fine, self._evaluate(fine, item)).placed, *placed[index + 1 :]]
+        return placed
+
+    def _doubtful_pairs(self, placed: list[Placed]) -> list[tuple[Placed, Placed]]:
+        """Touching objects of which the worst-fitting object of all is one."""
+        if len(placed) < 2:
+            return []
+        qualities = [self._kept(placed, index) for index in range(len(placed))]
+        worst = placed[int(np.argmin(qualities))]
+        if min(qualities) > DOUBTFUL_FIT:
+            return []
+        return [(worst, other) for other in placed if other is not worst and worst.touches(other)]
+
+    def _kept(self, placed: Sequence[Placed], index: int) -> float:
+        """How much of the error in its window (0-1) an object removes: 1 when what is left is nothing."""
+        where, _ = self._synthesis.window(placed[index])
+        others = [*placed[:index], *placed[index + 1 :]]
+        left, without = (
+            float(((self._picture[where] - self._synthesis.compose(self._background, items)[where]) ** 2).sum())
+            for items in (placed, others)
+        )
+        return 1.0 - left / max(without, 1e-6)
+
+    def _improve(self, placed: list[Placed]) -> tuple[list[Placed], float]:
+        """Refit until nothing changes."""
         best, least = placed, self.error(placed)
         for _ in range(self._sweeps):
             if not placed:
@@ -168,22 +234,20 @@ class Search:
             if changed:
                 placed = self._add(placed)
             error = self.error(placed)
+            improved = error < 0.98 * least
             if error < least:
-                improved = error < 0.98 * least
                 best, least = placed, error
-                if improved and changed:
-                    continue
-            if not changed or error >= least:
+            if not (changed and improved):
                 break
         return best, least
 
     def _add(self, placed: list[Placed]) -> list[Placed]:
         """Add objects while they explain something."""
         while len(placed) < self._most:
-            # Behind everything, occupied pixels count as unknown; in front, what a wrong object covers can still be won back.
+            # Behind everything, occupied pixels count as unknown; in front, what a wrong object hides is won back.
             fits = [self._best_fit([], placed)] + ([self._best_fit(placed, [])] if placed else [])
             fit = max((fit for fit in fits if fit is not None), key=lambda fit: fit.merit, default=None)
-            if fit is None or fit.gain < self._floor or fit.quality < 0.2:
+            if fit is None or fit.gain < self._floor or fit.quality < 0.05:
                 break
             placed = self._reorder([fit.placed, *placed])
         return placed
@@ -194,9 +258,9 @@ class Search:
         for item in original:
             others = [other for other in placed if other is not item]
             index = placed.index(item)
-            current = self._evaluate(self._fine(others[:index], others[index:]), item)
-            if current.quality >= GOOD_FIT:
+            if self._kept(placed, index) >= GOOD_FIT:
                 continue
+            current = self._evaluate(self._fine(others[:index], others[index:]), item)
             depths = range(len(placed)) if any(item.touches(other) for other in others) else (index,)
             for depth in depths:
                 fit = self._best_fit(others[:depth], others[depth:])
@@ -212,13 +276,9 @@ class Search:
         return placed, placed != original
 
     def _reorder(self, placed: list[Placed]) -> list[Placed]:
-        """Best depth order, first object anywhere, then all orders of what overlaps."""
-        touching = [a for a in placed if any(a is not b and a.touches(b) for b in placed)]
-        if not touching or len(touching) > 5:
-            return placed
-        free = [item for item in placed if item not in touching]
-        orders = [[*free, *order] for order in permutations(touching)]
-        return min(orders, key=self.error)
+        """The depth order that explains most."""
+        orders = depth_orders(placed)
+        return placed if len(orders) == 1 else min(orders, key=self.error)
 
     def _fine(self, behind: Sequence[Placed], front: Sequence[Placed]) -> Array:
         return canvas_features(
@@ -230,6 +290,10 @@ class Search:
 
     def _best_fit(self, behind: Sequence[Placed], front: Sequence[Placed]) -> Fit | None:
         """Best additional object between ``behind`` and ``front``."""
+        return next(iter(self._best_fits(behind, front, 1)), None)
+
+    def _best_fits(self, behind: Sequence[Placed], front: Sequence[Placed], count: int) -> list[Fit]:
+        """Best additional objects between ``behind`` and ``front``, best first, no two the same template."""
         g = self._synthesis.geometry
         canvas = self._synthesis.compose(self._background, behind)
         layers = self._synthesis.front(front)
@@ -237,14 +301,18 @@ class Search:
         picked: dict[Placed, None] = {}
         for dy, rows in enumerate(g.scan):
             for dx, columns in enumerate(g.scan):
-                # Features are quadratic in the canvas: the scan's come from the shrunk canvas, they aren't shrunk themselves.
-                small = [
-                    None if part is None else apply_separable(part, rows, columns)
-                    for part in (self._picture, canvas, *layers)
-                ]
-                picked |= dict.fromkeys(self._scan(canvas_features(*small, g.scan_pad), dx, dy))
+                # Features are quadratic in the canvas, so the canvas is shrunk, not they.
+                picture, ground = apply_separable(self._picture, rows, columns), apply_separable(canvas, rows, columns)
+                front_small, weight_small = (None if x is None else apply_separable(x, rows, columns) for x in layers)
+                small = canvas_features(picture, ground, front_small, weight_small, g.scan_pad)
+                picked |= dict.fromkeys(self._scan(small, dx, dy))
         options = sorted((self._evaluate(fine, item) for item in picked), key=lambda fit: -fit.merit)
-        return max((self._climb(fine, fit) for fit in options[:3]), key=lambda fit: fit.merit, default=None)
+        chosen: dict[Key, Fit] = {}
+        for option in options[: 2 + count]:
+            fit = self._climb(fine, option)
+            if fit.placed.key not in chosen or fit.merit > chosen[fit.placed.key].merit:
+                chosen[fit.placed.key] = fit
+        return sorted(chosen.values(), key=lambda fit: -fit.merit)[:count]
 
     def _scan(self, coarse: Array, dx: int, dy: int) -> list[Placed]:
         """Candidates by merit and by gain over all templates and scan positions."""

@@ -1,19 +1,19 @@
-"""Picture -> scene by analysis by synthesis: find the scene whose rendering explains the picture best.
+"""Picture -> scene by analysis by synthesis: the scene whose rendering explains the picture best.
 
-The oracle that judges what a model drew. It knows the sprites and the backgrounds of one preset and uses no network: every
-template at every position is scored by the squared error it would explain (``_matching``), objects are added greedily, and
-the explanation is improved by re-fitting each object given all others, occlusion included. It does not know what the
-picture was meant to show, and it only knows pictures, not maps.
+The oracle that judges what a model drew. It knows the sprites and the backgrounds of one preset and uses no network:
+every template at every position is scored by the squared error it would explain (``_matching``), objects are added
+greedily, and the explanation is improved by re-fitting each object given all others, occlusion and blur included
+(``_search``). It does not know what the picture was meant to show, and it only reads pictures, not maps.
 
 **Scores.** An object's score (0-1) is the smaller of two fractions, each measured where the object is visible:
 
 * *explained*: how much of the squared error that its absence would leave does its presence remove;
-* *detail*: how much of the expected fine structure (what a Gaussian of ``DETAIL_SIGMA`` scene units removes) is really there.
-  A soft blob of the right colour explains most of an object's error but none of its detail.
+* *detail*: how much of the expected fine structure (what a Gaussian of ``DETAIL_SIGMA`` scene units removes) is really
+  there. A soft blob of the right colour explains most of an object's error but none of its detail.
 
-Both are measured after a Gaussian of one pixel, so that mild blur and pixel noise cost little. Objects scoring at least
-``ACCEPT`` are *accepted* and make up :attr:`ParsedScene.scene`; the best explanation including rejected objects is kept in
-:attr:`ParsedScene.explanation`.
+Both are measured against the sharp sprite after a Gaussian of one pixel on both sides, so that mild blur and pixel
+noise cost little. Objects scoring at least ``ACCEPT`` are *accepted* and make up :attr:`ParsedScene.scene`; the best
+explanation including rejected objects is kept in :attr:`ParsedScene.explanation`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from unialignment.world._matching import (
     blur_matrix,
     shrink_matrix,
 )
-from unialignment.world._search import Geometry, Placed, Search, Synthesis
+from unialignment.world._search import Geometry, Placed, Search, Synthesis, depth_orders
 from unialignment.world.presets import WorldPreset
 from unialignment.world.render import background_image
 from unialignment.world.scene import CANVAS_UNITS, Scene, SceneObject
@@ -66,8 +66,8 @@ ENOUGH_VISIBLE = 0.25
 behind another would explain the few pixels that show."""
 
 BLUR_LEVELS = (1.5, 2.1)
-"""Blurs of the templates tried besides ``MATCH_SIGMA`` when the picture itself is not sharp, in pixels at 64 px; the last
-one grows with the resolution."""
+"""Blurs of the templates tried besides ``MATCH_SIGMA`` when the picture itself is not sharp, in pixels at 64 px; the
+last one grows with the resolution."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class ParsedScene:
     Attributes:
         scene: Background and accepted objects, far to near.
         scores: Score (0-1) of each accepted object.
-        background_score: Fraction (0-1) of the pixels outside all explained objects whose colour is near the background's and
-            nearer to it than to any other background. About 1 on clean pictures, at most about 0.5 where there is no background.
+        background_score: Fraction (0-1) of the pixels outside all explained objects whose colour is near the
+            background's and nearer to it than to any other background. About 1 on clean pictures.
         explanation: Best explanation, rejected objects included.
         explanation_scores: Score of each object of ``explanation``.
         residual: Root mean square difference (0-1 scale) between the smoothed picture and the smoothed explanation.
@@ -181,7 +181,7 @@ def _mismatch(a: SceneObject, b: SceneObject) -> float:
 
 
 def _assign(cost: NDArray[np.float64]) -> dict[int, int]:
-    """Row -> column of a cheapest assignment of ``min(rows, columns)`` pairs, by dynamic programming over column sets."""
+    """Row -> column of a cheapest assignment of ``min(rows, columns)`` pairs (dynamic programming over column sets)."""
     rows, columns = cost.shape
     if rows > columns:
         return {row: column for column, row in _assign(cost.T).items()}
@@ -239,6 +239,8 @@ class SceneParser:
             Synthesis(self._geometry, TemplateCache(self._load, sigma, PAD_UNITS * unit, capacity=512))
             for sigma in sigmas
         ]
+        self._blurs = [blur_matrix(side, sigma) for sigma in sigmas]
+        self._sharp = Synthesis(self._geometry, TemplateCache(self._load, 1e-3, PAD_UNITS * unit, capacity=512))
         self._banks = self._build_banks()
         self._backgrounds = {
             name: apply_separable(background_image(name, side).astype(np.float32) / 255.0, self._smoother)
@@ -322,16 +324,34 @@ class SceneParser:
             most = self.preset.max_objects
             return Search(level, self._banks, picture, ground, most, self._candidates, self._sweeps)
 
-        placed, error = search(self._levels[0]).run()
-        for level in self._levels[1:]:
-            attempt = search(level)
-            if not placed or attempt.error(placed) > 0.97 * error:
+        searches = [search(level) for level in self._levels]
+        level = 0
+        placed, error = searches[0].run()
+        while placed:
+            errors = [item.error(placed) for item in searches]
+            sharper = level
+            level = int(np.argmin(errors))
+            if level <= sharper or errors[level] > 0.97 * error:
+                level = sharper
                 break
-            blurred, blurred_error = min((attempt.run(), attempt.run(placed)), key=lambda result: result[1])
-            if blurred_error >= error:
+            results = (searches[level].run(), searches[level].run(placed))
+            placed, error = min(results, key=lambda result: result[1])
+        placed, error = searches[level].reconsider(placed)
+        for _ in range(2):
+            ordered = self._order(picture, self._backgrounds[background], placed, level)
+            placed = searches[level].polish(ordered)
+            if placed == ordered:
                 break
-            placed, error = blurred, blurred_error
-        return placed, error
+        return placed, searches[level].error(placed)
+
+    def _order(self, picture: Array, background: Array, placed: list[Placed], level: int) -> list[Placed]:
+        """Depth order by exact synthesis: the search blurs sprites one by one, which blurs who covers whom."""
+
+        def error(order: Sequence[Placed]) -> float:
+            drawn = apply_separable(self._sharp.compose(background, order), self._blurs[level])
+            return float(((picture - drawn) ** 2).sum())
+
+        return min(depth_orders(placed), key=error)
 
     def _report(self, picture: Array, background: str, placed: list[Placed], error: float) -> ParsedScene:
         base = self._backgrounds[background]
