@@ -171,7 +171,9 @@ def test_concatenated_and_selected_caches_are_exact() -> None:
         one = model.denoise(full, latents=x["latents"], timestep=x["timestep"]).velocity
         other = model.denoise(plain, latents=x["latents"], timestep=x["timestep"]).velocity
         shared = model.denoise(
-            full.select(torch.tensor([1, 1])), latents=x["latents"][1:2].expand(2, -1, -1, -1), timestep=x["timestep"][[1, 1]]
+            full.select(torch.tensor([1, 1])),
+            latents=x["latents"][1:2].expand(2, -1, -1, -1),
+            timestep=x["timestep"][[1, 1]],
         ).velocity
     torch.testing.assert_close(two, torch.cat([one, other]), atol=1e-5, rtol=0)
     torch.testing.assert_close(shared, one[[1, 1]], atol=1e-5, rtol=0)
@@ -287,7 +289,10 @@ def test_gradients_reach_every_parameter() -> None:
     calls = every_signature(x)
     losses = [model(**calls["compose"]).velocity.square().mean(), model(**calls["answer"]).text_logits.square().mean()]
     cache = model.prefill(text_embeds=x["text"], images=[x["source"]], features=True)
-    losses += [model.embed(cache.output.text_features, "text").sum(), model.embed(cache.output.image_features, "image").sum()]
+    losses += [
+        model.embed(cache.output.text_features, "text").sum(),
+        model.embed(cache.output.image_features, "image").sum(),
+    ]
     sum(losses).backward()  # type: ignore[union-attr]
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert without == ["null_image_embd"]

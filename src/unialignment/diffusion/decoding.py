@@ -76,9 +76,11 @@ def decode(
     ids = ids.clone()
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     writable = ids == path.mask_id
-    # Ancestral: with the log-linear schedule a token's unmasking time is uniform, so it can be drawn ahead. The network
-    # isn't called in steps in which nothing is unmasked; that is the published sampler's caching, made explicit.
+    # Every position's randomness is drawn ahead, so that it doesn't depend on when neighbours in the batch are filled.
+    # Ancestral: with the log-linear schedule a token's unmasking time is uniform. The network isn't called in steps in
+    # which nothing is unmasked; that is the published sampler's caching, made explicit.
     times = torch.stack([torch.rand(ids.shape[1], generator=g) for g in generators]).to(ids.device)
+    draws = torch.stack([torch.rand(ids.shape[1], generator=g) for g in generators]).to(ids.device)
     for step in range(settings.steps):
         masked = ids == path.mask_id
         if not bool(masked.any()):
@@ -88,9 +90,9 @@ def decode(
             chosen = masked & ((times >= threshold) | (step == settings.steps - 1))
             if not bool(chosen.any()):
                 continue
-            tokens, _ = _draw(path.subs(logits(ids, masked)), masked, settings, generators)
+            tokens, _ = _draw(path.subs(logits(ids, masked)), masked, settings, draws)
         else:
-            tokens, confidence = _draw(path.subs(logits(ids, masked)), masked, settings, generators)
+            tokens, confidence = _draw(path.subs(logits(ids, masked)), masked, settings, draws)
             remaining = masked.sum(1)
             quota = (remaining + settings.steps - step - 1) // (settings.steps - step)
             rank = confidence.masked_fill(~masked, -1.0).argsort(dim=1, descending=True).argsort(dim=1)
@@ -104,10 +106,15 @@ def decode(
     return ids
 
 
-def _draw(
-    logits: Tensor, masked: Tensor, settings: TextDecoding, generators: list[torch.Generator]
-) -> tuple[Tensor, Tensor]:
-    """A token and its probability for every masked position, as ``[B, L]`` (other positions: 0)."""
+def _draw(logits: Tensor, masked: Tensor, settings: TextDecoding, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """A token and its probability for every masked position, as ``[B, L]`` (other positions: 0).
+
+    Args:
+        logits: ``[M, V]`` at the masked positions.
+        masked: Bool ``[B, L]``.
+        settings: Temperature and top-p.
+        draws: ``[B, L]`` uniform numbers that choose the tokens when sampling.
+    """
     probabilities = torch.softmax(logits / (settings.temperature or 1.0), dim=-1)
     if settings.temperature == 0:
         confidence, token = probabilities.max(-1)
@@ -117,11 +124,9 @@ def _draw(
             ordered = ordered * ((ordered.cumsum(-1) - ordered) < settings.top_p)
             probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-        counts = masked.sum(1).tolist()
-        uniform = torch.cat([torch.rand(n, generator=g) for n, g in zip(counts, generators, strict=True)])
-        # Inverse-transform sampling in float64, one uniform a position, so that a row's draws are its own.
+        # Inverse-transform sampling, in float64 because rounding would make rare tokens unreachable.
         cumulative = probabilities.double().cumsum(-1)
-        target = uniform.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
+        target = draws[masked].to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
         confidence = probabilities.gather(-1, token.unsqueeze(-1)).squeeze(-1)
     tokens = torch.zeros(masked.shape, dtype=torch.long, device=masked.device).masked_scatter(masked, token)

@@ -84,7 +84,8 @@ class MaskedPath:
         return self.weight(path.time.to(per_token)) * per_token.mean(1)
 
     def weight(self, time: Tensor) -> Tensor:
-        """rate / expm1(total), the factor of MDLM's bound; equals 1 / t up to rounding."""
+        """rate / expm1(total), the factor of MDLM's bound; equals 1 / t up to rounding. Finite at t = 0 too."""
+        time = time.clamp_min(self.epsilon)
         return self.rate(time) / torch.expm1(self.total_noise(time))
 
     def subs(self, logits: Tensor) -> Tensor:

@@ -141,6 +141,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         max_references: Condition pictures that can be told apart (``prefix``).
         prediction: What the image head predicts internally: ``"velocity"`` or ``"sample"`` (x-prediction). ``forward``
             returns a velocity either way.
+        activation: ``"gelu"`` or ``"relu2"``, see :class:`~unialignment.model.blocks.FeedForward`.
         embedding_dim: Size of the shared space of ``embed_image`` and ``embed_text``; 0: pooled features themselves.
 
     Raises:
@@ -173,6 +174,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         mlp_ratio: float = 4.0,
         max_references: int = 4,
         prediction: str = "velocity",
+        activation: str = "gelu",
         embedding_dim: int = 0,
     ) -> None:
         super().__init__()
@@ -182,6 +184,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
             ("modulation", modulation, ("block", "shared")),
             ("prediction", prediction, ("velocity", "sample")),
             ("qk_norm", qk_norm, (None, "rms_norm")),
+            ("activation", activation, ("gelu", "relu2")),
         ):
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}.")
@@ -202,7 +205,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         if modulation == "shared":
             self.shared_modulation, self.shared_modulation_context = Modulation(dim, 6), Modulation(dim, 6)
         self.transformer_blocks = nn.ModuleList(
-            JointBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, modulation)
+            JointBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, modulation, activation)
             for _ in range(num_layers)
         )
         self.image_norm_out = Modulation(dim, 2)
@@ -338,7 +341,9 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         if self.config.attention_mode != "prefix":
             raise InputError("prefill needs attention_mode='prefix': in 'joint' mode conditions change at every step.")
         if len(images) > self.config.max_references:
-            raise InputError(f"{len(images)} condition pictures given, the model tells {self.config.max_references} apart.")
+            raise InputError(
+                f"{len(images)} condition pictures given, the model tells {self.config.max_references} apart."
+            )
         parameter = self.context_embedder.weight
         zero = torch.zeros(1, device=parameter.device)
         segments: list[Segment] = []
@@ -366,7 +371,10 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         if feature_layer is not None:
             output.mid_image_features, output.mid_text_features = _first(middle, "image"), _first(middle, "text")
         if features:
-            output.image_features, output.text_features = (self._final(segments, "image"), self._final(segments, "text"))
+            output.image_features, output.text_features = (
+                self._final(segments, "image"),
+                self._final(segments, "text"),
+            )
         return ConditionCache(tuple(keys), tuple(values), mask, output)
 
     def denoise(
@@ -445,7 +453,8 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         if self.config.modulation == "shared":
             maps = self.shared_modulation if stream == "image" else self.shared_modulation_context
             shared = maps(embedding)
-        return Segment(stream, tokens, embedding, shared)
+        # Under autocast projections are bfloat16; the residual stream stays in the type of the weights.
+        return Segment(stream, tokens.to(self.context_embedder.weight.dtype), embedding, shared)
 
     @staticmethod
     def _key_mask(batch: int, parts: list[tuple[int, Tensor | None]]) -> Tensor | None:
@@ -553,4 +562,3 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
 
 def _first(segments: list[Segment], stream: Stream) -> Tensor | None:
     return next((segment.tokens for segment in segments if segment.stream == stream), None)
-

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from unialignment.errors import InputError
 
 TargetKind = Literal["image", "text"]
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Task:
     templates: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({"": "{prompt}"}))
     gaps: bool = False
     target_length: int = 0
-    sampling: Mapping[str, Any] = _EMPTY
+    sampling: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     size_from_source: bool = False
 
     def __post_init__(self) -> None:

@@ -13,9 +13,7 @@ _READ = MappingProxyType({"num_inference_steps": 16, "guidance_scale": 1.0, "ima
 # Maps follow from their source alone: guidance would exaggerate, and a few steps are enough.
 _MAP = MappingProxyType({"num_inference_steps": 10, "guidance_scale": 1.0, "image_guidance_scale": 1.0})
 
-GENERATE = TASKS.register(
-    Task("generate", "draw a picture from a prompt", "image", prompt="optional", sampling=_DRAW)
-)
+GENERATE = TASKS.register(Task("generate", "draw a picture from a prompt", "image", prompt="optional", sampling=_DRAW))
 EDIT = TASKS.register(
     Task(
         "edit",

@@ -192,9 +192,7 @@ class Objective(nn.Module):
         logs["loss/total"] = total.detach()
         return ObjectiveOutput(total, logs)
 
-    def batch_loss(
-        self, batch: Batch, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, TransformerOutput]:
+    def batch_loss(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, TransformerOutput]:
         """Per-sample diffusion loss ``[B]`` of one batch, and the pass's output."""
         layer = self.feature_layer if self._wants_features else None
         paired = self.settings.cross > 0 and bool((batch.pair_ids >= 0).any())
@@ -269,9 +267,7 @@ class Objective(nn.Module):
         for row in rows:
             pairs[int(batch.pair_ids[row])] = embedded[row]
 
-    def _collect_intrinsic(
-        self, batch: Batch, output: TransformerOutput, intrinsic: dict[str, list[Tensor]]
-    ) -> None:
+    def _collect_intrinsic(self, batch: Batch, output: TransformerOutput, intrinsic: dict[str, list[Tensor]]) -> None:
         """Each stream is pulled towards its teacher in the pass in which it is the target."""
         if batch.target == "image" and batch.image_teacher is not None and "image" in self.projectors:
             predicted = self.projectors["image"](output.mid_image_features)
