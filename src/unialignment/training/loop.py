@@ -191,6 +191,7 @@ class Trainer:
             self.ema.update()
         else:
             self.skipped += 1
+            self.optimizer.zero_grad(set_to_none=True)
             if self.skipped > self.config.run.max_skipped_steps:
                 raise UniAlignmentError(
                     f"{self.skipped} steps had a loss or gradient that is not finite; stopped at step "
