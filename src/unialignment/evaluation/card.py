@@ -14,13 +14,14 @@ from PIL import Image
 
 from unialignment.data.sample import Sample
 from unialignment.evaluation.contestants import ModelContestant
+from unialignment.evaluation.judge import Output
 from unialignment.evaluation.results import METRICS, Metric, Results
 from unialignment.evaluation.sheet import Panel, Row, contact_sheet
 
 RESULTS_FILE, SHEET_FILE, CARD_FILE = "evaluation.json", "samples.png", "card.md"
 """Names beside the weights."""
 
-SHEET_TASKS = ("generate", "edit", "perceive", "control", "compose")
+SHEET_TASKS = ("generate", "caption", "answer", "edit", "perceive", "control", "compose")
 
 
 def _number(value: float, metric: Metric) -> str:
@@ -111,32 +112,41 @@ Weights: Apache-2.0. The artwork that the training pictures were composed of is 
 
 
 def sheet_rows(pipe: Any, samples: Mapping[str, Sequence[Sample]], seed: int) -> list[Row]:
-    """Rows of the contact sheet: for each item its sources, what the model made, and the true result.
+    """Rows of the contact sheet: for each item its sources, what the model made or said, and the true result.
 
     Args:
         pipe: A loaded pipeline.
-        samples: Items by task, all with image targets.
-        seed: Item ``i`` is drawn with seed ``seed + i``.
+        samples: Items by task.
+        seed: Item ``i`` is sampled with seed ``seed + i``.
     """
     contestant = ModelContestant(pipe)
     rows = []
     for task, items in samples.items():
         panels: list[Panel] = []
+        groups = []
         for item, output in zip(items, contestant.outputs(items, seed), strict=True):
-            names = ["source"] if len(item.sources) == 1 else [f"image {i + 1}" for i in range(len(item.sources))]
-            panels += [Panel(source, name) for source, name in zip(item.sources, names, strict=True)]
-            assert not isinstance(output, str)
-            panels += [Panel(output, "model", item.prompt), Panel(item.target_image, "true result")]
-        rows.append(Row(task, tuple(panels)))
+            group = _item(item, output)
+            panels += group
+            groups.append(len(group))
+        rows.append(Row(task, tuple(panels), groups=tuple(groups)))
     return rows
 
 
+def _item(item: Sample, output: Output | None) -> list[Panel]:
+    if isinstance(output, str):
+        asked = f"{item.prompt}\n" if item.prompt else ""
+        return [Panel(item.sources[0], "", f"{asked}model: {output}\ntrue: {item.target_text}")]
+    names = ["source"] if len(item.sources) == 1 else [f"image {i + 1}" for i in range(len(item.sources))]
+    given = [Panel(source, name) for source, name in zip(item.sources, names, strict=True)]
+    return [*given, Panel(output, "model", item.prompt), Panel(item.target_image, "true result")]
+
+
 def sample_sheet(pipe: Any, stream: Any, per_task: int = 6, seed: int = 0) -> Image.Image:
-    """Contact sheet of the first items of each picture task; nothing is chosen."""
+    """Contact sheet of the first items of each task; nothing is chosen."""
     samples = {task: [stream.sample(task, index) for index in range(per_task)] for task in SHEET_TASKS}
     rows = sheet_rows(pipe, samples, seed)
     subtitle = f"first {per_task} items of each task, split {stream.split}, seed {seed}: not chosen"
-    return contact_sheet(rows, "Samples", subtitle, columns=8, side=128)
+    return contact_sheet(rows, "Samples", subtitle, columns=9, side=120)
 
 
 def write_card(folder: Path, results: Results, sheet: Image.Image | None, facts: dict[str, Any] | None = None) -> Path:

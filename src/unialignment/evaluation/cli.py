@@ -127,7 +127,7 @@ def run_card(args: argparse.Namespace) -> int:
     folder = resolve_model(args.model)
     results = Results.load(args.results or folder / RESULTS_FILE)
     sheet = None
-    facts: dict[str, Any] = {"task registry": "generate, edit, perceive, control, compose, caption, answer, infill"}
+    facts: dict[str, Any] = {"tasks": "generate, edit, perceive, control, compose, caption, answer, infill"}
     if not args.no_samples:
         _, stream = _world(results.preset, "held_out", args.seed)
         pipe = unialignment.load(args.model, device=args.device)

@@ -38,11 +38,26 @@ class Row:
         title: Heading.
         panels: From left to right; wrapped to further lines when there are more than fit.
         note: Small print beside the heading.
+        groups: Sizes of runs of panels that belong together and are not torn apart by a line's end; each panel alone
+            unless given.
     """
 
     title: str
     panels: tuple[Panel, ...]
     note: str = ""
+    groups: tuple[int, ...] = ()
+
+    def lines(self, columns: int) -> list[tuple[Panel, ...]]:
+        """Panels line by line, at most ``columns`` each where groups allow."""
+        lines: list[tuple[Panel, ...]] = [()]
+        start = 0
+        for size in self.groups or (1,) * len(self.panels):
+            group = self.panels[start : start + size]
+            if lines[-1] and len(lines[-1]) + size > columns:
+                lines.append(())
+            lines[-1] += group
+            start += size
+        return lines
 
 
 @lru_cache(maxsize=8)
@@ -82,11 +97,7 @@ def contact_sheet(
     margin, gap, line = 28, 14, 15
     cell = side + gap
     width = 2 * margin + columns * cell - gap
-    lines = [
-        (row, row.panels[start : start + columns], start == 0)
-        for row in rows
-        for start in range(0, len(row.panels), columns)
-    ]
+    lines = [(row, panels, number == 0) for row in rows for number, panels in enumerate(row.lines(columns))]
     wrap = max(8, side // 6)
     heights = [_text_height(panels, wrap, line) for _, panels, _ in lines]
     head = (48 if title else 0) + (24 if subtitle else 0) + margin
