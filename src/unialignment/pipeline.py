@@ -21,11 +21,11 @@ from unialignment.errors import CheckpointError, InputError
 from unialignment.images import fit_image, load_image, to_images, to_tensor
 from unialignment.inputs import ImageOptions, Images, Prompts, TextOptions, build_requests
 from unialignment.model.folders import load_folder, resolve_model, save_folder
+from unialignment.model.tokenizer import encode_conditions
 from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.outputs import ImageResult, TextResult
 from unialignment.sampling import chunks, draw, write
 from unialignment.tasks import TASKS, Task, TaskRegistry
-from unialignment.training.batching import encode_conditions
 
 _COMPONENTS = ("transformer", "text_embedder", "autoencoder", "tokenizer")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -24,7 +24,7 @@ def published(shared_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-# ------------------------------------------------------------------------------------------------------------ continuous
+# ---------------------------------------------------------------------------------------------------- continuous
 
 
 def test_flow_loss_is_the_published_one(published: dict[str, torch.Tensor]) -> None:
@@ -92,7 +92,7 @@ def test_shift_one_changes_nothing_and_keeps_the_ends() -> None:
     assert shift_sigma(sigma, 3.0)[[0, -1]].tolist() == [0, 1]
 
 
-# -------------------------------------------------------------------------------------------------------------- discrete
+# ------------------------------------------------------------------------------------------------------ discrete
 
 
 def test_masked_loss_is_the_published_one(published: dict[str, torch.Tensor]) -> None:

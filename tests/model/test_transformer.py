@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from unialignment.errors import ConfigError, InputError
 from unialignment.model.transformer import ConditionCache, UniAlignmentTransformer
 
-SIZES = dict(
-    sample_size=8,
-    patch_size=2,
-    in_channels=4,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=2,
-    joint_attention_dim=24,
-    pos_embed_max_size=8,
-    vocab_size=50,
-)
+SIZES = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pos_embed_max_size": 8,
+    "vocab_size": 50,
+}
 
 
 def make(**changes: object) -> UniAlignmentTransformer:

@@ -11,9 +11,9 @@ from unialignment.diffusion import FlowPath, MaskedPath
 from unialignment.errors import ConfigError, InputError
 from unialignment.model.autoencoder import PixelAutoencoder
 from unialignment.model.text import TokenEmbedder
-from unialignment.model.tokenizer import TextTokenizer
+from unialignment.model.tokenizer import TextTokenizer, encode_conditions
 from unialignment.model.transformer import UniAlignmentTransformer
-from unialignment.training.batching import collate, encode_conditions, images_to_tensor
+from unialignment.training.batching import collate, images_to_tensor
 from unialignment.training.objective import Objective, ObjectiveSettings
 
 TEXTS = ["a red dog on a blue background", "a cat", "remove the dog", "what is this?", "segment the cat"]
@@ -68,7 +68,7 @@ def objective(tokenizer: TextTokenizer, mode: str = "prefix", **settings: object
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- batching
+# ------------------------------------------------------------------------------------------------------ batching
 
 
 def test_samples_of_one_signature_share_a_batch(tokenizer: TextTokenizer) -> None:
@@ -91,6 +91,19 @@ def test_every_condition_ends_in_one_visible_end_token(tokenizer: TextTokenizer)
         assert int(ids[row, length - 1]) == tokenizer.pad_token_id
         assert bool((ids[row, : length - 1] != tokenizer.pad_token_id).all())
     assert tokenizer.decode(ids) == [TEXTS[0], "", TEXTS[1]]
+
+
+def test_only_the_gaps_of_an_infill_sample_may_be_masked(tokenizer: TextTokenizer) -> None:
+    words = TEXTS[0].split()
+    words[2] = words[6] = "[MASK]"
+    infill = Sample("infill", prompt=" ".join(words), sources=(picture(0),), target_text=TEXTS[0])
+    (batch,) = collate([infill], tokenizer)
+    assert batch.maskable is not None
+    assert batch.maskable[0].nonzero().flatten().tolist() == [2, 6]
+    assert batch.prompt_mask.sum() == 1
+    wrong = Sample("infill", prompt="a [MASK] cat", sources=(picture(0),), target_text=TEXTS[0])
+    with pytest.raises(InputError, match="must be its target text"):
+        collate([wrong], tokenizer)
 
 
 def test_prompt_dropout_empties_image_prompts_only_and_unpairs_them(tokenizer: TextTokenizer) -> None:
@@ -120,7 +133,7 @@ def test_incomplete_samples_are_refused(tokenizer: TextTokenizer) -> None:
         collate(different, tokenizer)
 
 
-# -------------------------------------------------------------------------------------------------------------- objective
+# ----------------------------------------------------------------------------------------------------- objective
 
 
 def test_the_total_is_the_weighted_sum_of_the_parts(tokenizer: TextTokenizer) -> None:

@@ -6,6 +6,7 @@ Know nothing of networks or guidance: the velocity is a function.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def solve(
     if solver not in SOLVERS:
         raise InputError(f"solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}.")
     x = noise
-    for step, (here, there) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for step, (here, there) in enumerate(pairwise(sigmas)):
         slope = velocity(x, here)
         following = x + (there - here) * slope
         if solver == "heun" and there > 0:

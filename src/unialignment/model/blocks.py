@@ -1,8 +1,8 @@
 """The dual-stream transformer block: separate weights for the image and the text stream, one attention over both.
 
-Parameter names are Stable Diffusion 3's (arXiv 2403.03206, diffusers' ``JointTransformerBlock``), so that its weights and
-those of the published UniAlignment checkpoint load unchanged. Knows nothing of timesteps, patches, heads or
-caches: it transforms *segments* (tokens of one stream with their modulation) and says what their keys and values are.
+Parameter names are Stable Diffusion 3's (arXiv 2403.03206, diffusers' ``JointTransformerBlock``), so that its weights
+and those of the published UniAlignment checkpoint load unchanged. Knows nothing of timesteps, patches, tasks or caches:
+it transforms *segments* (tokens of one stream with their modulation) and says what their keys and values are.
 """
 
 from __future__ import annotations
@@ -119,9 +119,11 @@ class JointAttention(nn.Module):
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, inner) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
         self.to_add_out = nn.Linear(inner, dim)
-        norms = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-        for name in norms:
-            setattr(self, name, nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None)
+
+        def norm() -> nn.RMSNorm | None:
+            return nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = norm(), norm(), norm(), norm()
 
     def project(self, stream: Stream, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[B, N, D]`` to query, key and value, each ``[B, heads, N, head_dim]``."""
@@ -131,7 +133,7 @@ class JointAttention(nn.Module):
             linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
             query_norm, key_norm = self.norm_added_q, self.norm_added_k
         query, key, value = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in linears)
-        if query_norm is not None:
+        if query_norm is not None and key_norm is not None:
             query, key = _rms_norm(query, query_norm), _rms_norm(key, key_norm)
         return query, key, value
 

@@ -22,6 +22,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, dim: int, patch_size: int, max_size: int, base_size: int) -> None:
         super().__init__()
+        self.pos_embed: Tensor
         self.patch_size, self.max_size = patch_size, max_size
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
         table = get_2d_sincos_pos_embed(dim, max_size, base_size=base_size, output_type="pt")

@@ -280,6 +280,30 @@ class TextTokenizer:
             raise CheckpointError(f"cannot load a tokenizer from {folder}: {error}") from error
 
 
+def encode_conditions(tokenizer: TextTokenizer, texts: Sequence[str], bucket: int = 1) -> tuple[Tensor, Tensor]:
+    """Condition texts to ids and mask, each text followed by one visible end token.
+
+    The end token gives an empty prompt a token to be seen by, and marks where a prompt is complete.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: Condition texts.
+        bucket: Pad the length to a multiple of this.
+
+    Returns:
+        ids ``[B, L]`` and bool mask ``[B, L]``.
+    """
+    if any(texts):
+        ids, mask = tokenizer.encode(list(texts))
+    else:
+        ids, mask = torch.zeros(len(texts), 0, dtype=torch.long), torch.zeros(len(texts), 0, dtype=torch.bool)
+    length = -(-(ids.shape[1] + 1) // bucket) * bucket
+    padded = torch.full((len(texts), length), tokenizer.pad_token_id, dtype=torch.long)
+    padded[:, : ids.shape[1]] = torch.where(mask, ids, tokenizer.pad_token_id)
+    visible = torch.arange(length).unsqueeze(0) <= mask.sum(1, keepdim=True)
+    return padded, visible
+
+
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

@@ -149,7 +149,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["JointBlock"]
+    _no_split_modules = ["JointBlock"]  # noqa: RUF012 - diffusers' name and form
 
     @register_to_config
     def __init__(
@@ -273,7 +273,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
             target: Which head runs; ``"both"`` (``joint`` only) runs both.
             feature_layer: 1-based block whose hidden states to return.
             text_mask: Bool ``[B, L]``, ``True`` for real tokens. ``None``: all, as SD 3 does.
-            condition_text_embeds: ``[B, Lc, D_text]`` text that is given while ``text_embeds`` is denoised (a question).
+            condition_text_embeds: ``[B, Lc, D_text]`` text given while ``text_embeds`` is denoised (a question).
             condition_text_mask: Bool ``[B, Lc]``.
             logit_positions: Bool ``[B, L]``: compute text logits there only.
             condition_features: In ``prefix`` mode, also finish the last block for conditions so that their final

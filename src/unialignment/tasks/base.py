@@ -27,8 +27,8 @@ class Task:
         prompt: ``"required"``, ``"optional"`` or ``"none"``.
         min_sources: Fewest condition pictures.
         max_sources: Most condition pictures.
-        templates: Condition text by kind, with ``{prompt}`` for what the user wrote. The first kind is the default. A task
-            without kinds has the one kind ``""``.
+        templates: Condition text by kind, with ``{prompt}`` for what the user wrote. The first kind is the default. A
+            task without kinds has the one kind ``""``.
         gaps: The target text is partly given: only its gaps are denoised (infill).
         target_length: Text canvas in tokens, for text targets.
         sampling: Defaults of the sampler (``num_inference_steps``, ``guidance_scale``, ``image_guidance_scale``, …).

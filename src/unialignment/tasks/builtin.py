@@ -50,7 +50,7 @@ CONTROL = TASKS.register(
             {
                 "depth": "depth map: {prompt}",
                 "edges": "edge map: {prompt}",
-                "segment": "use this mask for the subject: {prompt}",
+                "segment": "mask of all objects: {prompt}",
             }
         ),
         sampling=_DRAW,

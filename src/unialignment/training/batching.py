@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,21 +12,12 @@ from torch import Tensor
 
 from unialignment.data.sample import Image, Sample
 from unialignment.errors import InputError
+from unialignment.model.tokenizer import TextTokenizer, encode_conditions
 from unialignment.tasks import TASKS
 
 T = TypeVar("T")
 PROMPT_BUCKET = 8
 """Condition texts are padded to a multiple of this many tokens, to bound the number of distinct shapes."""
-
-
-class Tokenizer(Protocol):
-    """What batching needs of a tokenizer."""
-
-    pad_token_id: int
-
-    def encode(self, texts: list[str], length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Token ids ``[B, L]`` and a bool mask of real tokens."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -80,33 +71,9 @@ def images_to_tensor(images: Sequence[Image]) -> Tensor:
     return stacked.float().mul_(2 / 255).sub_(1)
 
 
-def encode_conditions(tokenizer: Tokenizer, texts: Sequence[str], bucket: int = 1) -> tuple[Tensor, Tensor]:
-    """Condition texts to ids and mask, each text followed by one visible end token.
-
-    The end token gives an empty prompt a token to be seen by, and marks where a prompt is complete.
-
-    Args:
-        tokenizer: The tokenizer.
-        texts: Condition texts.
-        bucket: Pad the length to a multiple of this.
-
-    Returns:
-        ids ``[B, L]`` and bool mask ``[B, L]``.
-    """
-    if any(texts):
-        ids, mask = tokenizer.encode(list(texts))
-    else:
-        ids, mask = torch.zeros(len(texts), 0, dtype=torch.long), torch.zeros(len(texts), 0, dtype=torch.bool)
-    length = -(-(ids.shape[1] + 1) // bucket) * bucket
-    padded = torch.full((len(texts), length), tokenizer.pad_token_id, dtype=torch.long)
-    padded[:, : ids.shape[1]] = torch.where(mask, ids, tokenizer.pad_token_id)
-    visible = torch.arange(length).unsqueeze(0) <= mask.sum(1, keepdim=True)
-    return padded, visible
-
-
 def collate(
     samples: Sequence[Sample],
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     *,
     prompt_dropout: float = 0.0,
     rng: np.random.Generator | None = None,
@@ -133,7 +100,9 @@ def collate(
         groups.setdefault((task.target, len(sample.sources), task.target_length), []).append(sample)
     batches = []
     for (target, source_count, length), group in sorted(groups.items()):
-        prompts = [sample.prompt for sample in group]
+        # A text with gaps is no condition: its words stand in the target's canvas, where they are never masked.
+        gaps = [TASKS.get(sample.task).gaps for sample in group]
+        prompts = ["" if gap else sample.prompt for gap, sample in zip(gaps, group, strict=True)]
         paired = [sample.pair_id is not None for sample in group]
         if target == "image" and prompt_dropout > 0:
             if rng is None:
@@ -150,6 +119,8 @@ def collate(
             texts = [_need(sample.target_text, sample, "target_text") for sample in group]
             target_ids, _ = tokenizer.encode(texts, length=length)
             maskable = torch.ones_like(target_ids, dtype=torch.bool)
+            for row in (row for row, gap in enumerate(gaps) if gap):
+                maskable[row] = _gap_positions(group[row], target_ids[row], tokenizer)
         image_teacher = text_teacher = None
         if teacher is not None and all(s.pair_id in teacher for s in group):
             image_teacher = torch.stack([teacher[s.pair_id][0] for s in group if s.pair_id is not None])
@@ -174,6 +145,22 @@ def collate(
             )
         )
     return batches
+
+
+def _gap_positions(sample: Sample, target: Tensor, tokenizer: TextTokenizer) -> Tensor:
+    """Bool ``[L]``: where the prompt of an infill sample has gaps in its target's canvas.
+
+    Raises:
+        InputError: the prompt has no gaps, or isn't the target with gaps of one token each.
+    """
+    given = tokenizer.encode([sample.prompt], length=len(target), gaps=True, truncate=True)[0][0]
+    gaps = given == tokenizer.mask_token_id
+    if not bool(gaps.any()) or not torch.equal(given[~gaps], target[~gaps]):
+        raise InputError(
+            f"an infill sample's prompt must be its target text with some words replaced by [MASK], each of one token; "
+            f"got prompt {sample.prompt!r} for {sample.target_text!r}."
+        )
+    return gaps
 
 
 def _need(value: T | None, sample: Sample, name: str) -> T:

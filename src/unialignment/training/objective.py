@@ -19,8 +19,9 @@ from unialignment.alignment.losses import contrastive_loss, intrinsic_loss
 from unialignment.alignment.projectors import AlignmentProjector
 from unialignment.diffusion import FlowPath, MaskedPath
 from unialignment.errors import ConfigError
+from unialignment.model.tokenizer import encode_conditions
 from unialignment.model.transformer import TransformerOutput, UniAlignmentTransformer
-from unialignment.training.batching import Batch, encode_conditions
+from unialignment.training.batching import Batch
 
 
 @dataclass(frozen=True)
@@ -254,13 +255,15 @@ class Objective(nn.Module):
             return
         if self.settings.cross_form == "published":
             if batch.target == "image" and not batch.sources and len(rows) > 1:
+                assert output.image_features is not None
+                assert output.text_features is not None
                 image = self.transformer.embed(output.image_features, "image")
                 text = self.transformer.embed(output.text_features, "text", batch.prompt_mask)
                 cross.append(contrastive_loss(image[rows], text[rows], temperature=self.settings.temperature))
             return
-        if batch.target == "image" and not batch.sources:
+        if batch.target == "image" and not batch.sources and output.text_features is not None:
             embedded, pairs = self.transformer.embed(output.text_features, "text", batch.prompt_mask), text_pairs
-        elif batch.target == "text" and len(batch.sources) == 1:
+        elif batch.target == "text" and len(batch.sources) == 1 and output.image_features is not None:
             embedded, pairs = self.transformer.embed(output.image_features, "image"), image_pairs
         else:
             return

@@ -14,7 +14,8 @@ from unialignment.conditioning import Condition, Denoiser
 from unialignment.diffusion.decoding import TextDecoding, decode
 from unialignment.diffusion.guidance import Branch, Guidance
 from unialignment.diffusion.solvers import sigma_schedule, solve
-from unialignment.training.batching import Batch, encode_conditions
+from unialignment.model.tokenizer import encode_conditions
+from unialignment.training.batching import Batch
 from unialignment.training.objective import Objective
 
 Pictures = NDArray[np.uint8]
