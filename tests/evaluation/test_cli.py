@@ -1,0 +1,91 @@
+"""``unialign eval`` and ``unialign card`` from the command line to the files, with a contestant of known scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import unialignment
+from unialignment.cli import main
+from unialignment.world.stream import WorldStream
+
+
+class Oracle:
+    """Finds each item by its prompt and sources, and gives its true result."""
+
+    def __init__(self, stream: WorldStream) -> None:
+        self.stream = stream
+        self.autoencoder = SimpleNamespace(encode=lambda x: x, decode=lambda z: z)
+
+    def run(self, task, prompts, images, *, kind, seed, **options):
+        items = [self.stream.sample(task, index) for index in range(20)]
+        found = []
+        for row, prompt in enumerate(prompts):
+            sources = images[row] if images is not None else []
+            found += [
+                item
+                for item in items
+                if (item.prompt or None) == prompt
+                and all((a == b).all() for a, b in zip(item.sources, sources, strict=True))
+            ][:1]
+        if found[0].target_image is None:
+            return SimpleNamespace(texts=[item.target_text for item in found])
+        return SimpleNamespace(images=[Image.fromarray(item.target_image) for item in found])
+
+    def embed_image(self, images):
+        return torch.eye(len(images))
+
+    embed_text = embed_image
+
+
+@pytest.fixture
+def oracle(pack, nano, monkeypatch: pytest.MonkeyPatch) -> None:
+    if len(nano.styles) < 2:
+        pytest.skip("held-out edits need two styles: the artwork of `unialign world build --source npm`")
+    stream = WorldStream(pack, nano, "held_out", 0)
+    monkeypatch.setattr(unialignment, "load", lambda model, device=None: Oracle(stream), raising=False)
+
+
+def test_eval_prints_and_writes_the_same_json(oracle: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "evaluation.json"
+    tasks = ["--tasks", "caption,answer,edit", "--no-references"]
+    assert main(["eval", "semgen-world", "--limit", "2", "--json", "--out", str(out), *tasks]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert printed["caption.objects"] == printed["vqa.accuracy"] == printed["edit.success"] == 1
+    assert "retrieval.r1" not in printed
+    assert printed["ceilings"] == {}
+
+
+def test_eval_prints_tables(oracle: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--limit", "2", "--tasks", "answer"]) == 0
+    printed = capsys.readouterr().out
+    assert "`vqa.accuracy`" in printed
+    assert "kind of question" in printed
+
+
+def test_card_from_evaluation_to_files(
+    oracle: None, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "evaluation.json"
+    main(["eval", "--limit", "1", "--tasks", "caption", "--no-references", "--out", str(results)])
+    out = tmp_path / "card"
+    arguments = ["--model", str(tiny_folder), "--results", str(results), "--out", str(out), "--per-task", "1", "--json"]
+    capsys.readouterr()
+    assert main(["card", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out) == {"card": str(out / "card.md")}
+    text = (out / "card.md").read_text()
+    assert "100.0 %" in text
+    assert "M parameters" in text
+    with Image.open(out / "samples.png") as sheet:
+        assert sheet.width > 500
+
+
+def test_a_card_without_evaluation_says_how_to_get_one(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["card", "--model", str(tiny_folder)]) == 2
+    assert "unialign eval" in capsys.readouterr().err
