@@ -26,6 +26,9 @@ DOUBTFUL_FIT = 0.75
 BAD_FIT = 0.4
 """Objects that explain less than this fraction, given all others, are dropped and searched anew."""
 
+OVERHANG = 2
+"""How far an object may stick out of the canvas, in scene units: none should, but a model draws less exactly."""
+
 _NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, -1))
 
 
@@ -167,6 +170,7 @@ class Search:
         self._most, self._candidates, self._sweeps = most, candidates, sweeps
         # Half a white pixel on black (at 64 px): far less than any sprite, more than rounding leaves.
         self._floor = 0.5 * synthesis.geometry.unit**2
+        self._margin = synthesis.geometry.pad + OVERHANG * synthesis.geometry.unit
 
     def error(self, placed: Sequence[Placed]) -> float:
         """Summed squared error of drawing ``placed``."""
@@ -285,7 +289,7 @@ class Search:
             self._picture,
             self._synthesis.compose(self._background, behind),
             *self._synthesis.front(front),
-            self._synthesis.geometry.pad,
+            self._margin,
         )
 
     def _best_fit(self, behind: Sequence[Placed], front: Sequence[Placed]) -> Fit | None:
@@ -297,7 +301,7 @@ class Search:
         g = self._synthesis.geometry
         canvas = self._synthesis.compose(self._background, behind)
         layers = self._synthesis.front(front)
-        fine = canvas_features(self._picture, canvas, *layers, g.pad)
+        fine = canvas_features(self._picture, canvas, *layers, self._margin)
         picked: dict[Placed, None] = {}
         for dy, rows in enumerate(g.scan):
             for dx, columns in enumerate(g.scan):
@@ -344,7 +348,7 @@ class Search:
     def _evaluate(self, fine: Array, placed: Placed) -> Fit:
         weights, unit = self._synthesis.templates.weights(placed.key), self._synthesis.geometry.unit
         side = weights.shape[0]
-        top, left = placed.y * unit, placed.x * unit
+        top, left = (placed.y + OVERHANG) * unit, (placed.x + OVERHANG) * unit
         totals: NDArray[np.float32] = np.einsum("hwc,hwc->c", fine[top : top + side, left : left + side], weights)
         energy = float(totals[4:].sum())
         return Fit(placed, 2 * float(totals[:4].sum()) - energy, energy)
@@ -352,12 +356,12 @@ class Search:
     def _climb(self, fine: Array, fit: Fit) -> Fit:
         """Move by single units, at most two each way, while that explains more."""
         origin, tried = fit.placed, {(fit.placed.x, fit.placed.y)}
-        limit = CANVAS_UNITS - origin.key[1]
+        low, high = -OVERHANG, CANVAS_UNITS - origin.key[1] + OVERHANG
         for _ in range(4):
             start = fit
             for dx, dy in _NEIGHBOURS:
                 x, y = start.placed.x + dx, start.placed.y + dy
-                inside = 0 <= x <= limit and 0 <= y <= limit and max(abs(x - origin.x), abs(y - origin.y)) <= 2
+                inside = low <= x <= high and low <= y <= high and max(abs(x - origin.x), abs(y - origin.y)) <= 2
                 if (x, y) in tried or not inside:
                     continue
                 tried.add((x, y))

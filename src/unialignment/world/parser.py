@@ -286,9 +286,11 @@ class SceneParser:
             InputError: another type or shape.
         """
         picture = self._check(image)
-        options = [(name, *self._explain(picture, name)) for name in self._likely_backgrounds(picture)]
-        background, placed, error = min(options, key=lambda option: option[2])
-        return self._report(picture, background, placed, error)
+        options = []
+        for name in self._likely_backgrounds(picture):
+            ground = self._tinted(picture, name)
+            options.append((name, ground, *self._explain(picture, ground)))
+        return self._report(picture, *min(options, key=lambda option: option[3]))
 
     def _check(self, image: NDArray[np.uint8]) -> Array:
         expected = (self._side, self._side, 3)
@@ -316,13 +318,22 @@ class SceneParser:
             return [names[int(np.argmin(distance))]]
         return [names[index] for index in order[:2] if votes[index] >= 0.6 * votes[order[0]]]
 
-    def _explain(self, picture: Array, background: str) -> tuple[list[Placed], float]:
+    def _tinted(self, picture: Array, name: str) -> Array:
+        """The background with the picture's colour cast, so that objects needn't explain it."""
+        ground = self._backgrounds[name]
+        difference = picture - ground
+        near = (difference * difference).sum(-1) < (2.5 * BACKGROUND_TOLERANCE) ** 2
+        if near.mean() < 0.05:
+            return ground
+        cast = np.median(difference[near], axis=0)
+        return ground + cast * (np.abs(cast) > 0.01)
+
+    def _explain(self, picture: Array, background: Array) -> tuple[list[Placed], float]:
         """Explain with sharp templates, then with blurrier ones while those fit the found objects better."""
 
         def search(level: Synthesis) -> Search:
-            ground = self._backgrounds[background]
             most = self.preset.max_objects
-            return Search(level, self._banks, picture, ground, most, self._candidates, self._sweeps)
+            return Search(level, self._banks, picture, background, most, self._candidates, self._sweeps)
 
         searches = [search(level) for level in self._levels]
         level = 0
@@ -338,7 +349,7 @@ class SceneParser:
             placed, error = min(results, key=lambda result: result[1])
         placed, error = searches[level].reconsider(placed)
         for _ in range(2):
-            ordered = self._order(picture, self._backgrounds[background], placed, level)
+            ordered = self._order(picture, background, placed, level)
             placed = searches[level].polish(ordered)
             if placed == ordered:
                 break
@@ -353,12 +364,9 @@ class SceneParser:
 
         return min(depth_orders(placed), key=error)
 
-    def _report(self, picture: Array, background: str, placed: list[Placed], error: float) -> ParsedScene:
-        base = self._backgrounds[background]
+    def _report(self, picture: Array, background: str, base: Array, placed: list[Placed], error: float) -> ParsedScene:
         scores = tuple(self._score(picture, base, placed, index) for index in range(len(placed)))
-        objects = tuple(
-            SceneObject(*self._appearances[item.key[0]], size=item.key[1], x=item.x, y=item.y) for item in placed
-        )
+        objects = tuple(self._object(item) for item in placed)
         kept = [index for index, score in enumerate(scores) if score >= self.threshold]
         _, weight = self._levels[0].front(placed)
         free = np.ones((self._side, self._side), bool) if weight is None else weight[..., 0] > 0.98
@@ -373,6 +381,12 @@ class SceneParser:
             explanation_scores=scores,
             residual=float(np.sqrt(error / picture.size)),
         )
+
+    def _object(self, item: Placed) -> SceneObject:
+        """The scene object, moved into the canvas if it was found sticking out."""
+        name, style = self._appearances[item.key[0]]
+        x, y = (int(np.clip(value, 0, CANVAS_UNITS - item.key[1])) for value in (item.x, item.y))
+        return SceneObject(name, style, item.key[1], x, y)
 
     def _score(self, picture: Array, background: Array, placed: Sequence[Placed], index: int) -> float:
         """Score of one object as defined in the module's docstring, with sharp templates whatever fitted best."""
