@@ -92,7 +92,8 @@ def test_a_run_without_end_is_refused(tmp_path: Path) -> None:
 def test_unusable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "nano.yaml").write_text(MINIMAL)
     assert "nano.yaml" in message(tmp_path / "nanno.yaml")
-    for name, content in {"list": "- 1", "syntax": "run: {", "twice": "run: {max_steps: 1}\nrun: {max_steps: 2}"}.items():
+    contents = {"list": "- 1", "syntax": "run: {", "twice": "run: {max_steps: 1}\nrun: {max_steps: 2}"}
+    for name, content in contents.items():
         file = tmp_path / f"{name}.yaml"
         file.write_text(content)
         text = message(file)
@@ -106,3 +107,7 @@ def test_unusable_files_are_refused(tmp_path: Path) -> None:
 def test_conflicting_overrides_are_refused() -> None:
     with pytest.raises(ConfigError, match="contradicts"):
         parse_overrides(["run=3", "run.name=x"])
+
+
+def test_a_section_given_whole_keeps_its_single_keys() -> None:
+    assert parse_overrides(["run.dir=/x", "run={max_steps: 3}"]) == {"run": {"dir": "/x", "max_steps": 3}}

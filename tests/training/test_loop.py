@@ -118,9 +118,11 @@ def test_gradients_are_averaged_over_micro_batches(tiny: Make, silent, monkeypat
         separate.append([p.grad.clone() if p.grad is not None else None for p in trainer.parameters])
         trainer.optimizer.zero_grad(set_to_none=True)
     seen: list[torch.Tensor | None] = []
-    monkeypatch.setattr(
-        trainer.optimizer, "step", lambda: seen.extend(None if p.grad is None else p.grad.clone() for p in trainer.parameters)
-    )
+
+    def record() -> None:
+        seen.extend(None if p.grad is None else p.grad.clone() for p in trainer.parameters)
+
+    monkeypatch.setattr(trainer.optimizer, "step", record)
     real = trainer.objective.forward
 
     def reseeded(batches, generator):
@@ -229,7 +231,8 @@ def test_the_data_position_is_one_integer(tiny: Make, silent) -> None:
 def test_paired_tasks_meet_in_one_micro_batch(tiny: Make, silent) -> None:
     trainer = Trainer(tiny("mixture={generate: 3, caption: 2, compose: 4}", "prompt_dropout=0"), silent)
     batches, _ = trainer.source()(7)
-    pairs = {b.target: {int(i) for i in b.pair_ids if i >= 0} for b in batches if any(t in b.tasks for t in ("generate", "caption"))}
+    chosen = [b for b in batches if {"generate", "caption"} & set(b.tasks)]
+    pairs = {b.target: {int(i) for i in b.pair_ids if i >= 0} for b in chosen}
     assert len(pairs["image"] & pairs["text"]) == 2
 
 
@@ -253,3 +256,32 @@ def test_bf16_trains(tiny: Make, silent) -> None:
     data = trainer.source()
     first = float(trainer.step([data(0)])["loss/total"])
     assert first == first and all(p.dtype == torch.float32 for p in trainer.parameters)
+
+
+class Letters:
+    """A teacher that is quick: mean colour, and counts of a few letters."""
+
+    image_dim, text_dim, fingerprint = 3, 4, "letters"
+    pictures = 0
+
+    def embed_images(self, images):
+        Letters.pictures += len(images)
+        return torch.stack([torch.from_numpy(image).float().mean((0, 1)) for image in images])
+
+    def embed_texts(self, texts):
+        return torch.tensor([[float(text.count(letter)) for letter in "aeio"] for text in texts])
+
+
+def test_the_teacher_runs_once_and_its_losses_are_trained(tiny: Make, silent, monkeypatch) -> None:
+    monkeypatch.setattr("unialignment.alignment.teachers.load_teacher", lambda name: Letters())
+    Letters.pictures = 0
+    options = ["mixture={generate: 2, caption: 2, edit: 0, perceive: 0, control: 0, compose: 0, answer: 0, infill: 0}"]
+    options += ["teacher={name: letters, pool: 5}", "run.max_steps=4"]
+    trainer = Trainer(tiny(*options), silent)
+    trainer.train()
+    assert Letters.pictures == 5
+    record = [r for r in read_metrics(trainer.folder / "metrics.jsonl") if "train/loss/total" in r][-1]
+    assert 0 < record["train/loss/intrinsic_image"] < 2 and 0 < record["train/loss/intrinsic_text"] < 2
+    assert "projectors" in dict(trainer.trainable.named_children())
+    Trainer(tiny(*options), silent)
+    assert Letters.pictures == 5  # found in the cache

@@ -34,8 +34,8 @@ from unialignment.training.checkpoint import (
 from unialignment.training.config import AutoencoderConfig, AutoencoderMixSection, load_config, to_yaml
 from unialignment.training.data import Prefetcher
 from unialignment.training.ema import ExponentialMovingAverage
-from unialignment.training.optimizer import build_optimizer
 from unialignment.training.logging import RunLog, duration, grid, table
+from unialignment.training.optimizer import build_optimizer
 from unialignment.training.runtime import (
     StopRequest,
     autocast,
@@ -208,6 +208,7 @@ class AutoencoderTrainer:
             "random": random_plain,
             "skipped": self.skipped,
             "validation": self.best,
+            "config": self.config.model_dump(mode="json"),
         }
         return self.store.save(self.progress.step, tensors, state)
 
@@ -217,6 +218,13 @@ class AutoencoderTrainer:
         if latest is None:
             return False
         tensors, state = self.store.load(latest)
+        now, then = self.config.model_dump(mode="json"), state.get("config", {})
+        for section in ("model", "world", "mix", "batch_size"):
+            if section in then and now[section] != then[section]:
+                raise ConfigError(
+                    f"{self.folder} holds a run with another {section!r} setting. Use a new run.dir, or run.fresh=true "
+                    "to start over in this one."
+                )
         self.model.load_state_dict(without_prefix("model.", tensors))
         self.ema.load_state_dict({**without_prefix("ema.", tensors), "updates": state["ema_updates"]})
         restore_optimizer(self.optimizer, without_prefix("optimizer.", tensors), state["optimizer"])
@@ -337,9 +345,10 @@ class AutoencoderTrainer:
                 rate = window_steps * config.batch_size / (now - window_start)
                 logs |= {"pictures_per_second": rate, "waiting_share": waited / (now - window_start)}
                 log.scalars(self.progress.step, logs, "train/")
+                left = duration(self.progress.remaining_seconds)
                 self.console.print(
                     f"step {self.progress.step}  {100 * self.progress.fraction:.1f} %  loss {logs['loss']:.4f}  "
-                    f"psnr {logs['psnr']:.2f} dB  {rate:.0f} pictures/s  left {duration(self.progress.remaining_seconds)}",
+                    f"psnr {logs['psnr']:.2f} dB  {rate:.0f} pictures/s  left {left}",
                     highlight=False,
                 )
                 window_start, window_steps, waited = now, 0, 0.0

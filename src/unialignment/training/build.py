@@ -82,7 +82,9 @@ def build_tokenizer(config: TransformerConfig, folder: Path) -> TextTokenizer:
     return tokenizer
 
 
-def transformer_arguments(config: TransformerConfig, sample_size: int, channels: int, vocab_size: int) -> dict[str, Any]:
+def transformer_arguments(
+    config: TransformerConfig, sample_size: int, channels: int, vocab_size: int
+) -> dict[str, Any]:
     """Arguments of ``UniAlignmentTransformer``: flavour, then what follows from the other components, then overrides.
 
     Raises:
@@ -151,9 +153,7 @@ def build_objective(
             config, resolution // autoencoder.spatial_factor, autoencoder.latent_channels, tokenizer.vocab_size
         )
         transformer = UniAlignmentTransformer(**arguments)
-        embedder = TokenEmbedder(
-            tokenizer.vocab_size, transformer.config.joint_attention_dim, config.text.max_length
-        )
+        embedder = TokenEmbedder(tokenizer.vocab_size, transformer.config.joint_attention_dim, config.text.max_length)
     flow = FlowPath(**config.flow.model_dump())
     masked = MaskedPath(tokenizer.mask_token_id, **config.masked.model_dump())
     settings = ObjectiveSettings(

@@ -83,8 +83,8 @@ class CheckpointStore:
             write_text(self.folder / LATEST, final.name)
         except StorageError as error:
             raise StorageError(
-                f"Could not save the checkpoint of step {step}: {error}. Earlier checkpoints in {self.folder} are intact; "
-                "free some space and resume."
+                f"Could not save the checkpoint of step {step}: {error}. Earlier checkpoints in {self.folder} are "
+                "intact; free some space and resume."
             ) from error
         self._prune()
         return final
@@ -176,15 +176,20 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """Load what :func:`flatten_optimizer` returned."""
     state: dict[int, dict[str, Any]] = {int(i): dict(entry) for i, entry in plain["state"].items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            # In the parameter's own memory layout: fused kernels walk both in storage order.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
 
 
 def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """States of the global generators of torch, numpy and python."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]  # noqa: NPY002
     version, internal, gauss = random.getstate()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
     if torch.cuda.is_available():
@@ -202,7 +207,7 @@ def restore_random_states(tensors: dict[str, Tensor], plain: dict[str, Any]) -> 
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"].to(torch.uint8))
     kind, position, has_gauss, cached = plain["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     version, internal, gauss = plain["python"]
     random.setstate((version, tuple(internal), gauss))
 

@@ -42,7 +42,7 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, description="Seed of weights, data and noise.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch. Default: all.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; measure it, on CPUs it may be slower.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast. Measure it on a CPU.")
     compile: Compile = Field("off", description="torch.compile: auto measures both at the start and keeps the faster.")
     budget_seconds: float | None = Field(None, gt=0, description="Wall-clock length of the run, restarts included.")
     max_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps.")
@@ -292,7 +292,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not separator or not key.strip():
             raise ConfigError(f"Override {item!r} is not of the form key=value, for example optimizer.lr=5e-4.")
         try:
-            value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"The value of override {item!r} is not valid YAML: {_one_line(error)}.") from None
         *parents, last = key.strip().split(".")
@@ -301,7 +301,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"Override {item!r} contradicts an earlier override of {parent!r}.")
-        node[last] = value
+        old = node.get(last)
+        # A section given as a whole adds to what single keys of it have said.
+        node[last] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
 
@@ -329,7 +331,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read the configuration {path}: {error}.") from None
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}.") from None
     if not isinstance(data, dict):
@@ -383,10 +385,9 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
             or difflib.get_close_matches(location, known, n=1, cutoff=0.5)
         )
         where = f"section {parent!r}" if parent else "the top level"
-        hint = f"did you mean {near[0]!r}?" if near else "known here: " + ", ".join(k.rpartition(".")[2] for k in siblings)
-        return f"unknown key {location!r} ({hint} {where} has: {', '.join(k.rpartition('.')[2] for k in siblings)})" if (
-            near
-        ) else f"unknown key {location!r} ({hint})"
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        names = ", ".join(key.rpartition(".")[2] for key in siblings)
+        return f"unknown key {location!r} ({hint}{where} has: {names})"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = "" if isinstance(given, dict) else f", not {given!r}"

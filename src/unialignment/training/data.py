@@ -39,7 +39,7 @@ def _work(factory: Callable[[], Producer[Any]], start: int, stride: int, out: An
                     if os.getppid() != parent:
                         return
             index += stride
-    except BaseException as error:  # noqa: BLE001 - every failure has to reach the parent
+    except BaseException as error:
         plain = error if isinstance(error, UniAlignmentError) else None
         out.put((start, None, (plain, traceback.format_exc())))
 
@@ -109,7 +109,7 @@ class Prefetcher(Generic[T]):
             raise RuntimeError(f"A data worker failed:\n{trace}")
         if index != self._next:
             raise RuntimeError(f"Data out of order: item {index} arrived where {self._next} was expected.")
-        return pickle.loads(item)  # type: ignore[no-any-return]  # noqa: S301 - from our own worker
+        return pickle.loads(item)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Stop the workers; safe to call twice."""

@@ -81,5 +81,6 @@ class ExponentialMovingAverage:
             value = state[f"shadow.{name}"]
             assert isinstance(value, Tensor)
             if value.shape != self.shadow[name].shape:
-                raise ValueError(f"EMA of {name}: shape {tuple(value.shape)}, expected {tuple(self.shadow[name].shape)}.")
+                expected = tuple(self.shadow[name].shape)
+                raise ValueError(f"EMA of {name}: shape {tuple(value.shape)}, expected {expected}.")
             self.shadow[name].copy_(value)

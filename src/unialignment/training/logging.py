@@ -150,7 +150,8 @@ class Reporter:
         """Show validation scores: the loss of each task and, for prompts, the gap at the highest noise."""
         tasks = "  ".join(f"{n.removeprefix('task/')} {v:.4f}" for n, v in scores.items() if n.startswith("task/"))
         gaps = "  ".join(f"{n.split('/')[1]} {v:.4f}" for n, v in scores.items() if n.endswith("0.99/gap"))
-        self.console.print(f"held out: {tasks}" + (f"  | prompt gap: {gaps}" if gaps else ""), highlight=False, soft_wrap=True)
+        text = f"held out: {tasks}" + (f"  | prompt gap: {gaps}" if gaps else "")
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -180,7 +181,7 @@ def duration(seconds: float | None) -> str:
     """Seconds as people say them: ``"42 s"``, ``"3 min 05 s"``, ``"2 h 10 min"``."""
     if seconds is None or not math.isfinite(seconds):
         return "unknown"
-    whole = int(round(seconds))
+    whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unialignment.errors import ConfigError, UniAlignmentError
 from unialignment.storage import write_text
-from unialignment.training.batching import Batch, collate
+from unialignment.training.batching import collate
 from unialignment.training.build import build_objective, build_tokenizer, parameter_count
 from unialignment.training.checkpoint import (
     CheckpointStore,
@@ -45,8 +45,8 @@ from unialignment.training.runtime import (
     seed_everything,
     set_threads,
 )
-from unialignment.training.sampling import draw, to_pictures, write
 from unialignment.training.samples import Micro, StepSource, fill_teacher_cache, move, validation_samples
+from unialignment.training.sampling import draw, to_pictures, write
 from unialignment.training.schedule import Progress, learning_rate_factor
 from unialignment.training.summary import summarise
 
@@ -195,8 +195,8 @@ class Trainer:
             if self.skipped > self.config.run.max_skipped_steps:
                 raise UniAlignmentError(
                     f"{self.skipped} steps had a loss or gradient that is not finite; stopped at step "
-                    f"{self.progress.step}. Lower optimizer.lr or use run.precision=fp32, then run the same command: it "
-                    "resumes from the last checkpoint."
+                    f"{self.progress.step}. Lower optimizer.lr or use run.precision=fp32, then run the same command: "
+                    "it resumes from the last checkpoint."
                 )
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -280,8 +280,8 @@ class Trainer:
                     log.scalars(step, {**means, "samples_per_second": rate, "waiting_share": waiting}, "train/")
                     reporter.update(self.progress, means, rate)
                     window = _Window()
-                every = config.logging.validation_steps
-                if step % every == 0 if every else time.monotonic() - validated >= 60 * config.logging.validation_minutes:
+                every, minutes = config.logging.validation_steps, config.logging.validation_minutes
+                if step % every == 0 if every else time.monotonic() - validated >= 60 * minutes:
                     reporter.note(self.validate(log))
                     validated = time.monotonic()
                     window = _Window()
@@ -325,7 +325,8 @@ class Trainer:
         """A picture grid (sources, truth, sample) or a list of texts, for a few held-out samples of a task."""
         options = self.config.logging
         samples = self.held_out[task][: options.samples_per_task]
-        rows, lines = [], []
+        rows: list[list[Any]] = []
+        lines: list[str] = []
         for batch in collate(samples, self.tokenizer):
             batch = move(batch, self.device)
             texts = self.tokenizer.decode(torch.where(batch.prompt_mask, batch.prompt_ids, self.tokenizer.pad_token_id))
@@ -341,7 +342,8 @@ class Trainer:
                 assert batch.target_ids is not None
                 wanted = self.tokenizer.decode(batch.target_ids)
                 written = write(self.objective, batch, options.sampling_steps)
-                lines += [f"- {p or task}: **{w}** (truth: {t})" for p, w, t in zip(texts, written, wanted, strict=True)]
+                for prompt, given, truth in zip(texts, written, wanted, strict=True):
+                    lines.append(f"- {prompt or task}: **{given}** (truth: {truth})")
         if rows:
             log.image(self.progress.step, task, grid(rows))
         log.text(self.progress.step, task, "\n".join(lines))

@@ -34,12 +34,14 @@ def build_optimizer(model: nn.Module, options: OptimizerSection) -> torch.optim.
         options: Its configuration.
     """
     decayed = decayed_parameters(model)
-    with_decay, without = [], []
+    with_decay: list[nn.Parameter] = []
+    without: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if options.name == "muon" and name in decayed and parameter.ndim == 2 and "blocks." in name and "norm" not in name:
+        in_block = name in decayed and parameter.ndim == 2 and "blocks." in name and "norm" not in name
+        if options.name == "muon" and in_block:
             matrices.append(parameter)
         else:
             (with_decay if name in decayed else without).append(parameter)
@@ -142,17 +144,19 @@ class Muon(torch.optim.Optimizer):
             looked_ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov
             stacked = torch.stack(looked_ahead)
             updates = orthogonalise(stacked.to(_fast_type(stacked.device))).float() * (0.2 * max(shape) ** 0.5)
+            own: list[Tensor] = list(parameters)
             if group["weight_decay"]:
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
             changes = [u.to(p.dtype) for u, p in zip(updates.unbind(), parameters, strict=True)]
-            torch._foreach_add_(parameters, changes, alpha=-group["lr"])
+            torch._foreach_add_(own, changes, alpha=-group["lr"])
 
     def _adamw(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
+                place = parameter.device if group["fused"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         if not parameters:

@@ -54,7 +54,7 @@ def set_threads(threads: int | None) -> int:
 def seed_everything(seed: int) -> None:
     """Seed the global generators of python, numpy and torch."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
@@ -118,7 +118,7 @@ def compile_if_faster(
         step()
         step()
         compiled = timed()
-    except Exception as error:  # noqa: BLE001 - any compiler failure means: go on without
+    except Exception as error:
         uncompile(modules)
         if mode == "on":
             raise ConfigError(
@@ -158,8 +158,8 @@ class StopRequest:
 
         earlier: dict[int, Any] = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                earlier[number] = signal.signal(number, handle)
+            for watched in (signal.SIGINT, signal.SIGTERM):
+                earlier[watched] = signal.signal(watched, handle)
         except ValueError:  # not the main thread: signals are somebody else's
             pass
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,12 +52,12 @@ def fits(sample: Sample, tokenizer: TextTokenizer, limit: int) -> bool:
     if len(sample.prompt) >= limit and tokenizer.encode([sample.prompt], gaps=task.gaps)[0].shape[1] >= limit:
         return False
     text = sample.target_text or ""
-    return len(text) <= task.target_length or tokenizer.encode([text])[0].shape[1] <= task.target_length or (
-        task.target == "image"
-    )
+    if task.target == "image" or len(text) <= task.target_length:
+        return True
+    return tokenizer.encode([text])[0].shape[1] <= task.target_length
 
 
-def open_stream(config: TransformerConfig, split: str, seed: int) -> Any:
+def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], seed: int) -> Any:
     """The world's sample stream of a configuration."""
     from unialignment.world.presets import preset
     from unialignment.world.sprites import SpritePack
@@ -66,7 +66,12 @@ def open_stream(config: TransformerConfig, split: str, seed: int) -> Any:
     pack = SpritePack.load(config.world.pack)
     world = config.world
     return WorldStream(
-        pack, preset(world.preset, pack), split, seed, varied=world.varied, long=world.long  # type: ignore[arg-type]
+        pack,
+        preset(world.preset, pack),
+        split,
+        seed,
+        varied=world.varied,
+        long=world.long,
     )
 
 
@@ -106,7 +111,8 @@ class StepProducer:
             self.cache = TeacherCache(source.teacher)
 
     def __call__(self, index: int) -> Micro:
-        samples, replaced = [], {}
+        samples: list[Sample] = []
+        replaced: dict[str, int] = {}
         for task, count in self.mixture.items():
             for slot in range(count):
                 # One stride for all tasks: those that show the same scene at the same index meet in one micro-batch,
@@ -139,8 +145,8 @@ class StepProducer:
             if fits(sample, self.tokenizer, self.config.text.max_length):
                 return sample if not attempt else replace(sample, pair_id=None), attempt
         raise InputError(
-            f"20 {task} samples in a row have texts longer than text.max_length={self.config.text.max_length} tokens or "
-            "the task's canvas; raise text.max_length or text.vocab_size, or use a smaller world preset."
+            f"20 {task} samples in a row have texts longer than text.max_length={self.config.text.max_length} tokens "
+            "or the task's canvas; raise text.max_length or text.vocab_size, or use a smaller world preset."
         )
 
     def _teacher(self, samples: list[Sample]) -> dict[int, tuple[Tensor, Tensor]] | None:
@@ -156,10 +162,10 @@ class StepProducer:
 
 def teacher_inputs(samples: list[Sample]) -> tuple[list[Any], list[str]]:
     """Picture and canonical caption of paired samples: what the teachers embed."""
-    from unialignment.world.captions import canonical_caption
+    from unialignment.world.captions import describe_canonical
 
     pictures = [s.target_image if s.target_image is not None else s.sources[0] for s in samples]
-    return pictures, [canonical_caption(s.meta["scene"]) for s in samples]
+    return pictures, [describe_canonical(s.meta["scene"]).text for s in samples]
 
 
 def fill_teacher_cache(config: TransformerConfig, folder: Path, report: Callable[[str], None]) -> tuple[int, int]:

@@ -35,10 +35,10 @@ def summarise(
         f"# Run `{config.run.name}`",
         "",
         f"{progress.step} steps of {per_micro * config.micro_batches} samples in {duration(progress.elapsed)}: "
-        f"{seen * per_micro} samples, {seen * per_micro / max(1.0, progress.elapsed):.0f} a second, validation included.",
+        f"{seen * per_micro} samples, {seen * per_micro / max(1.0, progress.elapsed):.0f} a second with validation.",
         "",
         f"Weights (moving average): `{folder / 'model'}`. Try them: "
-        f"`unialign generate --model {folder / 'model'} \"a dog on a blue background\"`.",
+        f'`unialign generate --model {folder / "model"} "a dog on a blue background"`.',
         "",
     ]
     records = [r for r in read_metrics(metrics) if "train/loss/total" in r]
@@ -69,7 +69,7 @@ def summarise(
         lines += [
             "## Held-out denoising loss by task",
             "",
-            table(["task", "samples seen", f"step {first_scores['step']:.0f}", f"step {last_scores['step']:.0f}"], rows),
+            table(["task", "samples seen", *(f"step {s['step']:.0f}" for s in (first_scores, last_scores))], rows),
             "",
         ]
         gaps = sorted({n.rpartition("/")[0] for n in last_scores if n.startswith("gap/")})
@@ -83,8 +83,8 @@ def summarise(
             lines += [
                 "## Prompt-following",
                 "",
-                "Denoising error near pure noise, with the right and with an empty prompt. The larger the reduction, the "
-                "more the model draws what the prompt says; near zero it ignores the prompt.",
+                "Denoising error near pure noise, with the right and with an empty prompt. The larger the reduction, "
+                "the more the model draws what the prompt says; near zero it ignores the prompt.",
                 "",
                 table(["task", "t", "right prompt", "empty prompt", "reduction"], rows),
                 "",
