@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 
 import unialignment
-from unialignment.errors import ConfigError, StorageError, UniAlignmentError
+from unialignment.errors import ConfigError, InputError, StorageError, UniAlignmentError
 from unialignment.training import checkpoint
 from unialignment.training.config import TransformerConfig, load_config
 from unialignment.training.logging import read_metrics
@@ -244,6 +245,7 @@ def test_paired_tasks_meet_in_one_micro_batch(tiny: Make, silent) -> None:
         ("autoencoder.path=/nowhere", "unialign train configs/autoencoder.yaml"),
         ("run.device=gpu", "run.device"),
         ("model.transformer={attention_mode: joint}", "cross"),
+        ("text.max_length=32", "at least 40"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_training(tiny: Make, silent, override: str, words: str) -> None:
@@ -285,3 +287,20 @@ def test_the_teacher_runs_once_and_its_losses_are_trained(tiny: Make, silent, mo
     assert "projectors" in dict(trainer.trainable.named_children())
     Trainer(tiny(*options), silent)
     assert Letters.pictures == 5  # found in the cache
+
+
+def test_texts_that_do_not_fit_are_replaced_and_counted(tiny: Make, silent) -> None:
+    trainer = Trainer(tiny("mixture.generate=8", "text.max_length=48", "world={varied: 1, long: 0.5}"), silent)
+    produce = trainer.source()
+    batches, replaced = produce(0)
+    assert replaced["generate"] > 0
+    assert all(batch.prompt_ids.shape[1] <= 48 for batch in batches) and sum(map(len, batches)) == 8 + 7 * 2
+    trainer.step([(batches, replaced)])
+    assert trainer.replaced["generate"] == replaced["generate"]
+
+
+def test_a_length_that_nothing_fits_is_an_error(tiny: Make, silent) -> None:
+    trainer = Trainer(tiny("mixture={generate: 1}"), silent)
+    short = replace(trainer.source, config=tiny("mixture={generate: 1}", "text.max_length=8"))
+    with pytest.raises(InputError, match=r"in a row.*text\.max_length"):
+        short()(0)

@@ -19,6 +19,7 @@ from unialignment.model.autoencoder import PixelAutoencoder, load_autoencoder
 from unialignment.model.text import TokenEmbedder
 from unialignment.model.tokenizer import TextTokenizer
 from unialignment.model.transformer import UniAlignmentTransformer
+from unialignment.tasks import TASKS
 from unialignment.training.config import TransformerConfig
 from unialignment.training.objective import Objective, ObjectiveSettings
 
@@ -134,6 +135,12 @@ def build_objective(
         ConfigError: settings that contradict each other.
         CheckpointError: a named folder is missing or damaged.
     """
+    canvas = max((TASKS.get(task).target_length for task, count in config.mixture.items() if count), default=0)
+    if config.text.max_length < canvas:
+        raise ConfigError(
+            f"text.max_length={config.text.max_length} is shorter than the longest text canvas of the mixture's tasks "
+            f"({canvas} tokens); use at least {canvas}."
+        )
     autoencoder = build_autoencoder(config)
     if config.model.initial is not None:
         from unialignment.pipeline import UniAlignmentPipeline

@@ -28,7 +28,7 @@ _ELSEWHERE = 1 << 40
 """Offset of the substitutes for samples that do not fit; no run is that long."""
 
 Micro = tuple[list[Batch], dict[str, int]]
-"""Batches of one micro-batch, and the number of samples replaced because a text was too long, by task."""
+"""Batches of one micro-batch, and the number of samples replaced because a text did not fit, by task."""
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
@@ -46,10 +46,19 @@ def move(batch: Batch, device: torch.device) -> Batch:
 
 
 def fits(sample: Sample, tokenizer: TextTokenizer, limit: int) -> bool:
-    """Whether a sample's texts fit: the prompt into ``limit`` tokens with its end, the target into its canvas."""
+    """Whether a sample's texts fit: the prompt into ``limit`` tokens with its end, the target into its canvas.
+
+    A text with gaps fits if its gaps can be told from its words, token by token.
+    """
     task = TASKS.get(sample.task)
+    if task.gaps:
+        # Collating finds the gaps by tokens, which needs each missing word to be a single one.
+        try:
+            return bool(collate([sample], tokenizer))
+        except InputError:
+            return False
     # Every token has at least one character, so that short texts need no count.
-    if len(sample.prompt) >= limit and tokenizer.encode([sample.prompt], gaps=task.gaps)[0].shape[1] >= limit:
+    if len(sample.prompt) >= limit and tokenizer.encode([sample.prompt])[0].shape[1] >= limit:
         return False
     text = sample.target_text or ""
     if task.target == "image" or len(text) <= task.target_length:
@@ -145,8 +154,9 @@ class StepProducer:
             if fits(sample, self.tokenizer, self.config.text.max_length):
                 return sample if not attempt else replace(sample, pair_id=None), attempt
         raise InputError(
-            f"20 {task} samples in a row have texts longer than text.max_length={self.config.text.max_length} tokens "
-            "or the task's canvas; raise text.max_length or text.vocab_size, or use a smaller world preset."
+            f"20 {task} samples in a row have texts that do not fit: longer than text.max_length="
+            f"{self.config.text.max_length} tokens or the task's canvas, or gaps in words of several tokens; "
+            "raise text.max_length or text.vocab_size, or use a smaller world preset."
         )
 
     def _teacher(self, samples: list[Sample]) -> dict[int, tuple[Tensor, Tensor]] | None:
