@@ -68,6 +68,14 @@ def test_times_follow_the_logit_normal_and_the_shift() -> None:
     torch.testing.assert_close(torch.logit(shifted), logits + torch.log(torch.tensor(3.0)).double(), atol=1e-2, rtol=0)
 
 
+def test_a_batch_of_times_covers_every_quantile() -> None:
+    time = FlowPath().sample_time(64, torch.Generator().manual_seed(0)).double()
+    quantiles = torch.special.ndtr(torch.logit(time)).sort().values
+    assert bool((quantiles >= torch.arange(64) / 64 - 1e-4).all())
+    assert bool((quantiles <= torch.arange(1, 65) / 64 + 1e-4).all())
+    assert not torch.equal(time, time.sort().values)
+
+
 @given(st.floats(0.05, 0.99), st.floats(0.0, 1.0))
 def test_sample_space_is_the_velocity_error_times_its_weight(sigma: float, floor: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -36,7 +36,8 @@ def make(**changes: object) -> UniAlignmentTransformer:
 
 
 def prefix(**changes: object) -> UniAlignmentTransformer:
-    return make(attention_mode="prefix", modulation="shared", qk_norm="rms_norm", embedding_dim=8, **changes)
+    options = {"modulation": "shared", "qk_norm": "rms_norm", "embedding_dim": 8, "aligned_source": True}
+    return make(attention_mode="prefix", **{**options, **changes})
 
 
 def inputs(batch: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -165,6 +166,7 @@ def test_concatenated_and_selected_caches_are_exact() -> None:
     with torch.no_grad():
         full = model.prefill(text_embeds=x["text"], text_mask=x["mask"], images=[x["source"]])
         plain = model.prefill(text_embeds=x["text"][:, :1])
+        assert full.aligned is not None
         both = ConditionCache.concatenate([full, plain])
         assert both.batch_size == 6 and both.length == full.length
         two = model.denoise(both, latents=x["latents"].repeat(2, 1, 1, 1), timestep=x["timestep"].repeat(2)).velocity
@@ -221,6 +223,26 @@ def test_reference_pictures_can_be_told_apart() -> None:
             text_embeds=x["text"], latents=x["latents"], sources=[x["second"], x["source"]], timestep=x["timestep"]
         )
     assert not torch.allclose(one.velocity, other.velocity, atol=1e-4)
+
+
+def test_an_aligned_source_adds_to_the_same_place_only() -> None:
+    """With attention silenced, changing one patch of the source changes that patch of the prediction alone."""
+    model, x = prefix(), inputs()
+    for block in model.transformer_blocks:
+        torch.nn.init.zeros_(block.attn.to_out[0].weight)
+    changed = x["source"].clone()
+    changed[:, :, 2:4, 4:6] += 1
+    with torch.no_grad():
+        first, second = (
+            model(text_embeds=x["text"], latents=x["latents"], sources=[source], timestep=x["timestep"]).velocity
+            for source in (x["source"], changed)
+        )
+    difference = (first - second).abs().amax((0, 1))
+    assert float(difference[2:4, 4:6].min()) > 0
+    difference[2:4, 4:6] = 0
+    assert float(difference.max()) == 0
+    with pytest.raises(ConfigError, match="needs attention_mode='prefix'"):
+        make(aligned_source=True)
 
 
 def test_non_square_latents_are_placed_by_cropping_the_centre() -> None:
@@ -287,7 +309,11 @@ def test_x_prediction_returns_the_velocity_of_its_sample() -> None:
 def test_gradients_reach_every_parameter() -> None:
     model, x = prefix(), inputs()
     calls = every_signature(x)
-    losses = [model(**calls["compose"]).velocity.square().mean(), model(**calls["answer"]).text_logits.square().mean()]
+    losses = [
+        model(**calls["edit"]).velocity.square().mean(),
+        model(**calls["compose"]).velocity.square().mean(),
+        model(**calls["answer"]).text_logits.square().mean(),
+    ]
     cache = model.prefill(text_embeds=x["text"], images=[x["source"]], features=True)
     losses += [
         model.embed(cache.output.text_features, "text").sum(),
@@ -331,7 +357,8 @@ def test_saving_and_loading_keeps_every_bit(tmp_path: Path) -> None:
     [
         ({"attention_mode": "causal"}, "attention_mode='causal'"),
         ({"caption_projection_dim": 7}, "must equal heads x head_dim = 32"),
-        ({"dual_attention_layers": (0,)}, "dual_attention_layers"),
+        ({"dual_attention_layers": (0,), "modulation": "shared"}, "need modulation='block'"),
+        ({"dual_attention_layers": (0, 3)}, "must be blocks 0 to 2"),
     ],
 )
 def test_contradictory_sizes_are_refused(changes: dict[str, object], message: str) -> None:

@@ -198,6 +198,31 @@ def test_published_contrastive_form_in_joint_mode(tokenizer: TextTokenizer) -> N
         objective(tokenizer, mode="joint", cross_form="condition")
 
 
+def test_shared_draws_are_the_mean_over_separate_passes(tokenizer: TextTokenizer) -> None:
+    model = objective(tokenizer, draws=3).eval()
+    (batch,) = collate([sample("edit", i) for i in range(2)], tokenizer)
+    with torch.no_grad():
+        shared, output = model.batch_loss(batch, torch.Generator().manual_seed(5))
+        target, sources = model._latents(batch)
+        assert target is not None
+        rows = torch.tensor([0, 0, 0, 1, 1, 1])
+        generator = torch.Generator().manual_seed(5)
+        path = model.flow.sample_path(target[rows], model.flow.sample_time(6, generator), generator)
+        separate = model.transformer(
+            text_embeds=model.text_embedder.embed(batch.prompt_ids, batch.prompt_mask)[rows],
+            text_mask=batch.prompt_mask[rows],
+            latents=path.noised,
+            sources=[source[rows] for source in sources],
+            timestep=path.timestep,
+        )
+    expected = model.flow.loss(separate.velocity, path).view(2, 3).mean(1)
+    torch.testing.assert_close(shared, expected, atol=1e-5, rtol=1e-5)
+    assert output.image_features is not None
+    torch.testing.assert_close(output.image_features, separate.image_features[[0, 3]], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match="draws > 1 needs"):
+        objective(tokenizer, mode="joint", cross=0.0, draws=2)
+
+
 def test_the_autoencoder_is_not_trained(tokenizer: TextTokenizer) -> None:
     model = objective(tokenizer)
     assert set(model.trainable()) == {"transformer", "text_embedder"}

@@ -34,6 +34,20 @@ class PatchEmbed(nn.Module):
         Raises:
             InputError: H or W isn't a multiple of the patch size, or larger than the position table.
         """
+        patches = self.patches(latents)
+        rows, columns = latents.shape[-2] // self.patch_size, latents.shape[-1] // self.patch_size
+        # A convolution whose stride equals its kernel is a matrix product over patches, much faster as such on CPUs.
+        tokens = nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        top, left = (self.max_size - rows) // 2, (self.max_size - columns) // 2
+        table = self.pos_embed.view(self.max_size, self.max_size, -1)
+        return tokens + table[top : top + rows, left : left + columns].reshape(1, rows * columns, -1)
+
+    def patches(self, latents: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to patches ``[B, N, C * p * p]``, row-major.
+
+        Raises:
+            InputError: as :meth:`forward`.
+        """
         height, width = latents.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise InputError(
@@ -46,16 +60,10 @@ class PatchEmbed(nn.Module):
                 f"latents of {height} x {width} need {max(rows, columns)} positions a side, the model has "
                 f"{self.max_size}: use a smaller picture."
             )
-        # A convolution whose stride equals its kernel is a matrix product over patches, much faster as such on CPUs.
         p = self.patch_size
         batch, channels = latents.shape[:2]
-        patches = latents.reshape(batch, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-        tokens = nn.functional.linear(
-            patches.reshape(batch, rows * columns, channels * p * p), self.proj.weight.flatten(1), self.proj.bias
-        )
-        top, left = (self.max_size - rows) // 2, (self.max_size - columns) // 2
-        table = self.pos_embed.view(self.max_size, self.max_size, -1)
-        return tokens + table[top : top + rows, left : left + columns].reshape(1, rows * columns, -1)
+        grid = latents.reshape(batch, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        return grid.reshape(batch, rows * columns, channels * p * p)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:

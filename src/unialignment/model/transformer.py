@@ -64,12 +64,14 @@ class ConditionCache:
         values: Likewise.
         mask: Bool ``[B, Nc]``, ``True`` for real tokens; ``None`` when all are real.
         output: Features of the conditions (those asked for at prefill).
+        aligned: ``[B, N, D]`` what a single source adds to the target's token at the same place (``aligned_source``).
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     mask: Tensor | None
     output: TransformerOutput
+    aligned: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -88,6 +90,7 @@ class ConditionCache:
             tuple(value[index] for value in self.values),
             None if self.mask is None else self.mask[index],
             TransformerOutput(),
+            None if self.aligned is None else self.aligned[index],
         )
 
     @staticmethod
@@ -107,12 +110,21 @@ class ConditionCache:
                 for c in caches
             ]
             mask = torch.cat([pad(m, 1) for m in masks])
+        aligned = None
+        known = next((cache.aligned for cache in caches if cache.aligned is not None), None)
+        if known is not None:
+            # A cache without a source adds nothing.
+            zeros = known[:1] * 0
+            aligned = torch.cat(
+                [c.aligned if c.aligned is not None else zeros.expand(c.batch_size, -1, -1) for c in caches]
+            )
         layers = range(len(caches[0].keys))
         return ConditionCache(
             tuple(torch.cat([pad(c.keys[i], 2) for c in caches]) for i in layers),
             tuple(torch.cat([pad(c.values[i], 2) for c in caches]) for i in layers),
             mask,
             TransformerOutput(),
+            aligned,
         )
 
 
@@ -131,7 +143,8 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         caption_projection_dim: Must equal the width; kept for SD 3 configs.
         pooled_projection_dim: Ignored (the pooled projection is dropped); kept for SD 3 configs.
         pos_embed_max_size: Side of the position table, in patches.
-        dual_attention_layers: SD 3.5's extra image self-attention; must be empty here.
+        dual_attention_layers: 0-based blocks with SD 3.5's second attention, among image tokens; needs
+            ``modulation="block"``.
         qk_norm: ``None`` or ``"rms_norm"``.
         vocab_size: Text vocabulary.
         num_null_image_tokens: Learned tokens standing for "no picture" when text is modelled alone.
@@ -142,6 +155,9 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         prediction: What the image head predicts internally: ``"velocity"`` or ``"sample"`` (x-prediction). ``forward``
             returns a velocity either way.
         activation: ``"gelu"`` or ``"relu2"``, see :class:`~unialignment.model.blocks.FeedForward`.
+        aligned_source: A single source picture is also added, projected, to the target's tokens place by place, beside
+            being attended to (``prefix`` only): editing and perceiving then start from the identity instead of having
+            to learn to look at the same place.
         embedding_dim: Size of the shared space of ``embed_image`` and ``embed_text``; 0: pooled features themselves.
 
     Raises:
@@ -175,6 +191,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         max_references: int = 4,
         prediction: str = "velocity",
         activation: str = "gelu",
+        aligned_source: bool = False,
         embedding_dim: int = 0,
     ) -> None:
         super().__init__()
@@ -190,8 +207,10 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
                 raise ConfigError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}.")
         if caption_projection_dim not in (None, dim):
             raise ConfigError(f"caption_projection_dim={caption_projection_dim} must equal heads x head_dim = {dim}.")
-        if dual_attention_layers:
-            raise ConfigError("dual_attention_layers (Stable Diffusion 3.5 medium) aren't supported: use SD 3 sizes.")
+        if dual_attention_layers and modulation != "block":
+            raise ConfigError("dual_attention_layers (Stable Diffusion 3.5) need modulation='block'.")
+        if not set(dual_attention_layers) <= set(range(num_layers)):
+            raise ConfigError(f"dual_attention_layers={dual_attention_layers} must be blocks 0 to {num_layers - 1}.")
         out_channels = out_channels or in_channels
         self.pos_embed = PatchEmbed(in_channels, dim, patch_size, pos_embed_max_size, max(sample_size // patch_size, 1))
         self.time_text_embed = TimeEmbedding(dim)
@@ -202,11 +221,20 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
             nn.init.normal_(self.reference_embed.weight, std=0.02)
             # Text targets are at time zero like conditions are; this tells a question's words from an answer's.
             self.condition_text_embed = nn.Parameter(torch.zeros(dim))
+        if aligned_source:
+            if attention_mode != "prefix":
+                raise ConfigError("aligned_source needs attention_mode='prefix': 'joint' is the published arithmetic.")
+            self.aligned_proj = nn.Linear(in_channels * patch_size * patch_size, dim)
+            nn.init.zeros_(self.aligned_proj.weight)
+            nn.init.zeros_(self.aligned_proj.bias)
         if modulation == "shared":
             self.shared_modulation, self.shared_modulation_context = Modulation(dim, 6), Modulation(dim, 6)
         self.transformer_blocks = nn.ModuleList(
-            JointBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, modulation, activation)
-            for _ in range(num_layers)
+            JointBlock(
+                *(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, modulation, activation),
+                dual_attention=index in dual_attention_layers,
+            )
+            for index in range(num_layers)
         )
         self.image_norm_out = Modulation(dim, 2)
         self.image_proj_out = nn.Linear(dim, patch_size * patch_size * out_channels)
@@ -375,7 +403,10 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
                 self._final(segments, "image"),
                 self._final(segments, "text"),
             )
-        return ConditionCache(tuple(keys), tuple(values), mask, output)
+        aligned = None
+        if self.config.aligned_source and len(images) == 1:
+            aligned = self.aligned_proj(self.pos_embed.patches(images[0]))
+        return ConditionCache(tuple(keys), tuple(values), mask, output, aligned)
 
     def denoise(
         self,
@@ -402,6 +433,9 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         stream: Stream
         if latents is not None:
             stream, tokens = "image", self.pos_embed(latents)
+            # A source of another size has no same places.
+            if cache.aligned is not None and cache.aligned.shape[1] == tokens.shape[1]:
+                tokens = tokens + cache.aligned
         elif text_embeds is not None:
             stream, tokens = "text", self.context_embedder(text_embeds)
         else:

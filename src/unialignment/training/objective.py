@@ -43,6 +43,8 @@ class ObjectiveSettings:
         image_teacher_dim: Width of the image teacher's embeddings; 0: no image teacher.
         text_teacher_dim: Width of the text teacher's embeddings; 0: no text teacher.
         projector_dim: Hidden width of the projectors.
+        draws: Noise levels each picture is denoised at in a step (``prefix`` only): conditions are encoded once and
+            shared, so that a further draw costs the target's tokens alone. The loss of a sample is the mean over them.
     """
 
     image: float = 1.0
@@ -57,6 +59,7 @@ class ObjectiveSettings:
     image_teacher_dim: int = 0
     text_teacher_dim: int = 0
     projector_dim: int = 512
+    draws: int = 1
 
 
 @dataclass
@@ -102,6 +105,8 @@ class Objective(nn.Module):
                 "cross_form='condition' needs attention_mode='prefix': in 'joint' mode conditions have attended to "
                 "their pair. Use cross_form='published' or loss.cross=0."
             )
+        if settings.draws > 1 and transformer.config.attention_mode != "prefix":
+            raise ConfigError("loss.draws > 1 needs attention_mode='prefix': only there can conditions be shared.")
         self.transformer = transformer
         self.text_embedder = text_embedder
         self.autoencoder = autoencoder.eval().requires_grad_(False)
@@ -201,6 +206,8 @@ class Objective(nn.Module):
         prompt = self.text_embedder.embed(batch.prompt_ids, batch.prompt_mask)
         if batch.target == "image":
             assert target is not None
+            if self.settings.draws > 1:
+                return self._shared_draws(batch, prompt, target, sources, paired, layer, generator)
             path = self.flow.sample_path(target, self.flow.sample_time(len(batch), generator), generator)
             output = self.transformer(
                 text_embeds=prompt,
@@ -229,6 +236,39 @@ class Objective(nn.Module):
             condition_features=paired,
         )
         return self.masked.loss(output.text_logits, path), output
+
+    def _shared_draws(
+        self,
+        batch: Batch,
+        prompt: Tensor,
+        target: Tensor,
+        sources: list[Tensor],
+        paired: bool,
+        layer: int | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, TransformerOutput]:
+        """Loss ``[B]`` of an image batch, each sample at several noise levels against one prefill of its conditions."""
+        draws = self.settings.draws
+        cache = self.transformer.prefill(
+            text_embeds=prompt, text_mask=batch.prompt_mask, images=sources, feature_layer=layer, features=paired
+        )
+        rows = torch.arange(len(batch), device=target.device).repeat_interleave(draws)
+        path = self.flow.sample_path(target[rows], self.flow.sample_time(len(rows), generator), generator)
+        output = self.transformer.denoise(
+            cache.select(rows),
+            latents=path.noised,
+            timestep=path.timestep.to(path.noised.device),
+            feature_layer=layer,
+        )
+        assert output.velocity is not None
+        loss = self.flow.loss(output.velocity, path).view(len(batch), draws).mean(1)
+        # Features of one draw stand for the sample, as without sharing.
+        first = slice(None, None, draws)
+        output.image_features = None if output.image_features is None else output.image_features[first]
+        output.mid_image_features = None if output.mid_image_features is None else output.mid_image_features[first]
+        output.text_features = cache.output.text_features
+        output.mid_text_features = cache.output.mid_text_features
+        return loss, output
 
     def _latents(self, batch: Batch) -> tuple[Tensor | None, list[Tensor]]:
         """Target (if a picture) and source latents, in one autoencoder pass when sizes agree."""
