@@ -12,8 +12,8 @@ With ``D = I - F - w * B`` (the error without the sprite) the squared error fall
     gain = 2 <w D, S - a B> - |w (S - a B)|^2
 
 which is linear in nine per-pixel features of the canvas, ``wD`` (3), ``w <D, B>``, ``w^2``, ``w^2 B`` (3) and
-``w^2 |B|^2``, against nine per-pixel weights of the template. All templates at all positions are therefore two matrix
-products.
+``w^2 |B|^2``, against nine per-pixel weights of the template. A tenth, ``|D|^2`` against ``a``, gives the error that
+there is to explain where the sprite would be. All templates at all positions are therefore three matrix products.
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ Array = NDArray[np.float32]
 Key = tuple[int, int]
 """A template: index of class and style, side in scene units."""
 
-CORRELATION_CHANNELS = 4
-"""The first features carry ``<wD, S - aB>``; the other five carry the template's energy ``|w (S - aB)|^2``."""
+CORRELATION = slice(0, 4)
+"""The features that carry ``<wD, S - aB>``."""
+
+ENERGY = slice(4, 9)
+"""The features that carry the template's energy ``|w (S - aB)|^2``."""
+
+MISSING = slice(9, 10)
+"""The feature that carries the error to be explained where the template would be."""
 
 
 def blur_matrix(size: int, sigma: float, pad: int = 0) -> Array:
@@ -60,7 +66,7 @@ def apply_separable(image: Array, rows: Array, columns: Array | None = None) -> 
 
 
 def canvas_features(picture: Array, behind: Array, front: Array | None, weight: Array | None, pad: int) -> Array:
-    """Nine features per pixel, ``[H + 2 pad, W + 2 pad, 9]``.
+    """Ten features per pixel, ``[H + 2 pad, W + 2 pad, 10]``.
 
     Args:
         picture: ``[H, W, 3]``.
@@ -70,30 +76,34 @@ def canvas_features(picture: Array, behind: Array, front: Array | None, weight: 
         pad: Zero features around the canvas: what is drawn there neither explains nor costs anything.
     """
     height, width, _ = picture.shape
-    padded = np.zeros((height + 2 * pad, width + 2 * pad, 9), dtype=np.float32)
+    padded = np.zeros((height + 2 * pad, width + 2 * pad, 10), dtype=np.float32)
     features = padded[pad : pad + height, pad : pad + width]
     if front is None or weight is None:
-        features[..., 0:3] = picture - behind
+        difference = picture - behind
+        features[..., 0:3] = difference
         features[..., 4] = 1.0
         features[..., 5:8] = behind
     else:
-        features[..., 0:3] = weight * (picture - front - weight * behind)
+        difference = picture - front - weight * behind
+        features[..., 0:3] = weight * difference
         features[..., 4:5] = weight * weight
         features[..., 5:8] = features[..., 4:5] * behind
     features[..., 3] = (features[..., 0:3] * behind).sum(-1)
     features[..., 8] = (features[..., 5:8] * behind).sum(-1)
+    features[..., 9] = (features[..., 0:3] * difference).sum(-1)
     return padded
 
 
 def template_weights(rgba: Array) -> Array:
-    """Weights ``[..., 9]`` against :func:`canvas_features`, from premultiplied ``rgba [..., 4]``."""
+    """Weights ``[..., 10]`` against :func:`canvas_features`, from premultiplied ``rgba [..., 4]``."""
     colour, alpha = rgba[..., :3], rgba[..., 3:]
-    weights = np.empty((*rgba.shape[:-1], 9), dtype=np.float32)
+    weights = np.empty((*rgba.shape[:-1], 10), dtype=np.float32)
     weights[..., 0:3] = colour
     weights[..., 3:4] = -alpha
     weights[..., 4] = (colour * colour).sum(-1)
     weights[..., 5:8] = -2.0 * alpha * colour
     weights[..., 8:9] = alpha * alpha
+    weights[..., 9:10] = alpha
     return weights
 
 
@@ -103,7 +113,8 @@ class ScanBank:
 
     Attributes:
         correlation: ``[T, n * n * 4]``.
-        energy: ``[T, n * n * 5 / 4]``, summed over blocks of 2 x 2 pixels: what lies behind a sprite is smooth nearly
+        energy: ``[T, n * n * 5 / 4]`` and
+        missing: ``[T, n * n / 4]``, summed over blocks of 2 x 2 pixels: what lies behind a sprite is smooth nearly
             everywhere, and where it isn't, an approximate energy is good enough for choosing candidates.
         side: ``n``, padded side in scan pixels, even.
         starts: Left and top edges searched, in scan pixels.
@@ -111,6 +122,7 @@ class ScanBank:
 
     correlation: Array
     energy: Array
+    missing: Array
     side: int
     starts: NDArray[np.int64]
 
@@ -119,16 +131,17 @@ class ScanBank:
         """From premultiplied templates ``[n, n, 4]`` at scan resolution."""
         weights = template_weights(np.stack(templates))
         count, side = weights.shape[:2]
-        blocks = weights[..., CORRELATION_CHANNELS:].reshape(count, side // 2, 2, side // 2, 2, -1).sum((2, 4))
+        blocks = weights.reshape(count, side // 2, 2, side // 2, 2, -1).sum((2, 4))
         return cls(
-            correlation=weights[..., :CORRELATION_CHANNELS].reshape(count, -1).copy(),
-            energy=blocks.reshape(count, -1).copy(),
+            correlation=weights[..., CORRELATION].reshape(count, -1).copy(),
+            energy=blocks[..., ENERGY].reshape(count, -1).copy(),
+            missing=blocks[..., MISSING].reshape(count, -1).copy(),
             side=side,
             starts=starts,
         )
 
-    def scan(self, features: Array) -> tuple[Array, Array]:
-        """Gain and energy ``|w (S - aB)|^2`` of every template at every start.
+    def scan(self, features: Array) -> tuple[Array, Array, Array]:
+        """Correlation, energy and missing error of every template at every start.
 
         Args:
             features: Padded features at scan resolution.
@@ -136,19 +149,16 @@ class ScanBank:
         Returns:
             Each ``[T, len(starts)**2]``, position ``row * len(starts) + column``.
         """
-        rows, columns = self.starts[:, None], self.starts[None, :]
-        sharp = features[..., :CORRELATION_CHANNELS]
+        rows, columns, count = self.starts[:, None], self.starts[None, :], self.starts.size**2
+        sharp = features[..., CORRELATION]
         windows = np.lib.stride_tricks.sliding_window_view(sharp, (self.side, self.side), axis=(0, 1))
-        first = windows[rows, columns].transpose(0, 1, 3, 4, 2).reshape(self.starts.size**2, -1)
-        coarse = features[..., CORRELATION_CHANNELS:]
-        coarse = 0.25 * (coarse[:-1, :-1] + coarse[1:, :-1] + coarse[:-1, 1:] + coarse[1:, 1:])
+        first = windows[rows, columns].transpose(0, 1, 3, 4, 2).reshape(count, -1)
+        coarse = 0.25 * (features[:-1, :-1] + features[1:, :-1] + features[:-1, 1:] + features[1:, 1:])
         windows = np.lib.stride_tricks.sliding_window_view(coarse, (self.side - 1, self.side - 1), axis=(0, 1))
-        second = windows[rows, columns][..., ::2, ::2].transpose(0, 1, 3, 4, 2).reshape(self.starts.size**2, -1)
-        energy = self.energy @ second.T
-        gain = self.correlation @ first.T
-        gain *= 2.0
-        gain -= energy
-        return gain, energy
+        second = windows[rows, columns][..., ::2, ::2].transpose(0, 1, 3, 4, 2)
+        energy = self.energy @ second[..., ENERGY].reshape(count, -1).T
+        missing = self.missing @ second[..., MISSING].reshape(count, -1).T
+        return self.correlation @ first.T, energy, missing
 
 
 class TemplateCache:
@@ -171,7 +181,7 @@ class TemplateCache:
         return self._get(key)[0]
 
     def weights(self, key: Key) -> Array:
-        """Matching weights ``[n + 2 pad, n + 2 pad, 9]``."""
+        """Matching weights ``[n + 2 pad, n + 2 pad, 10]``."""
         return self._get(key)[1]
 
     def _get(self, key: Key) -> tuple[Array, Array]:

@@ -14,17 +14,34 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from unialignment.world._matching import Array, Key, ScanBank, TemplateCache, apply_separable, canvas_features
+from unialignment.world._matching import (
+    CORRELATION,
+    ENERGY,
+    MISSING,
+    Array,
+    Key,
+    ScanBank,
+    TemplateCache,
+    apply_separable,
+    canvas_features,
+)
 from unialignment.world.scene import CANVAS_UNITS
 
 GOOD_FIT = 0.93
 """Objects that explain this fraction of what they promise are left alone."""
 
 DOUBTFUL_FIT = 0.75
-"""Overlapping objects of which one explains less than this fraction are both searched anew from other first guesses."""
+"""An object that explains less than this fraction is searched anew from other first guesses."""
 
 BAD_FIT = 0.4
 """Objects that explain less than this fraction, given all others, are dropped and searched anew."""
+
+MOST_OVERLAP = 0.7
+"""Boxes share at most half of the smaller one in this world; without a limit, two wrong sprites stacked on each other
+explain a distorted one better than the right sprite does. Some slack lets a wrong first guess be corrected."""
+
+LEAST_CONTRAST = 0.75
+"""Faded sprites are looked for down to this contrast."""
 
 OVERHANG = 2
 """How far an object may stick out of the canvas, in scene units: none should, but a model draws less exactly."""
@@ -58,21 +75,35 @@ class Placed:
 
 @dataclass(frozen=True)
 class Fit:
-    """A placement and the squared error it explains; ``energy`` is what a perfect match would explain."""
+    """A placement and what it does for the picture.
+
+    Attributes:
+        placed: The placement.
+        gain: Squared error that it explains.
+        energy: Squared error that it would explain if it matched perfectly.
+        merit: See :func:`merit`.
+    """
 
     placed: Placed
     gain: float
     energy: float
+    merit: float
 
     @property
     def quality(self) -> float:
         """Fraction (at most 1) of the promise that is kept."""
         return min(self.gain / max(self.energy, 1e-6), 1.0)
 
-    @property
-    def merit(self) -> float:
-        """Gain, discounted when the template promised more, as one that covers two real objects at once does."""
-        return self.gain * max(self.quality, 0.0)
+
+def merit(correlation: Array, energy: Array, missing: Array) -> Array:
+    """How good a template is as an explanation: error explained, times its fraction of the error there is to explain.
+
+    The discount keeps a sprite from covering two others at once, or a plain one from half explaining a richer one. The
+    picture's contrast may be lower than the sprite's, down to ``LEAST_CONTRAST``.
+    """
+    contrast = np.clip(correlation / np.maximum(energy, 1e-6), LEAST_CONTRAST, 1.0)
+    gain = contrast * (2.0 * correlation - contrast * energy)
+    return np.asarray(np.maximum(gain, 0.0) * np.minimum(gain / np.maximum(missing, 1e-6), 1.0), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -185,15 +216,15 @@ class Search:
         return self._improve(self._add(list(start)))
 
     def reconsider(self, placed: list[Placed]) -> tuple[list[Placed], float]:
-        """``placed`` or a better explanation of overlapping objects that fit badly, and its error.
+        """``placed`` or a better explanation of what fits worst, and its error.
 
-        A wrong first guess among overlapping objects hides the right ones: both are searched anew from other guesses.
+        A wrong first guess hides the right ones, above all among overlapping objects: search anew from other guesses.
         """
         best, least = placed, self.error(placed)
-        for pair in self._doubtful_pairs(placed):
-            rest = [item for item in placed if item not in pair]
+        for group in self._doubtful(placed):
+            rest = [item for item in placed if item not in group]
             for fit in self._best_fits([], rest, 3):
-                if fit.placed not in pair:
+                if fit.placed not in group:
                     candidate, error = self._improve(self._add(self._reorder([fit.placed, *rest])))
                     if error < least:
                         best, least = candidate, error
@@ -208,15 +239,15 @@ class Search:
                 placed = [*placed[:index], self._climb(fine, self._evaluate(fine, item)).placed, *placed[index + 1 :]]
         return placed
 
-    def _doubtful_pairs(self, placed: list[Placed]) -> list[tuple[Placed, Placed]]:
-        """Touching objects of which the worst-fitting object of all is one."""
-        if len(placed) < 2:
+    def _doubtful(self, placed: list[Placed]) -> list[tuple[Placed, ...]]:
+        """The worst-fitting object, and it together with each one it touches; nothing if all fit well."""
+        if not placed:
             return []
         qualities = [self._kept(placed, index) for index in range(len(placed))]
         worst = placed[int(np.argmin(qualities))]
         if min(qualities) > DOUBTFUL_FIT:
             return []
-        return [(worst, other) for other in placed if other is not worst and worst.touches(other)]
+        return [(worst,)] + [(worst, other) for other in placed if other is not worst and worst.touches(other)]
 
     def _kept(self, placed: Sequence[Placed], index: int) -> float:
         """How much of the error in its window (0-1) an object removes: 1 when what is left is nothing."""
@@ -302,6 +333,7 @@ class Search:
         canvas = self._synthesis.compose(self._background, behind)
         layers = self._synthesis.front(front)
         fine = canvas_features(self._picture, canvas, *layers, self._margin)
+        allowed = {size: self._allowed(size, [*behind, *front]) for size in self._banks}
         picked: dict[Placed, None] = {}
         for dy, rows in enumerate(g.scan):
             for dx, columns in enumerate(g.scan):
@@ -309,7 +341,7 @@ class Search:
                 picture, ground = apply_separable(self._picture, rows, columns), apply_separable(canvas, rows, columns)
                 front_small, weight_small = (None if x is None else apply_separable(x, rows, columns) for x in layers)
                 small = canvas_features(picture, ground, front_small, weight_small, g.scan_pad)
-                picked |= dict.fromkeys(self._scan(small, dx, dy))
+                picked |= dict.fromkeys(self._scan(small, allowed, dx, dy))
         options = sorted((self._evaluate(fine, item) for item in picked), key=lambda fit: -fit.merit)
         chosen: dict[Key, Fit] = {}
         for option in options[: 2 + count]:
@@ -318,19 +350,31 @@ class Search:
                 chosen[fit.placed.key] = fit
         return sorted(chosen.values(), key=lambda fit: -fit.merit)[:count]
 
-    def _scan(self, coarse: Array, dx: int, dy: int) -> list[Placed]:
+    def _allowed(self, size: int, others: Sequence[Placed]) -> NDArray[np.bool_]:
+        """Which scan positions of a template size don't overlap ``others`` too much."""
+        starts = self._banks[size].starts * self._synthesis.geometry.scan_units
+        allowed = np.ones((len(starts), len(starts)), dtype=bool)
+        for other in others:
+            width = np.minimum(starts + size, other.x + other.key[1]) - np.maximum(starts, other.x)
+            height = np.minimum(starts + size, other.y + other.key[1]) - np.maximum(starts, other.y)
+            shared = np.maximum(height, 0)[:, None] * np.maximum(width, 0)[None]
+            allowed &= shared <= MOST_OVERLAP * min(size, other.key[1]) ** 2
+        return allowed.ravel()
+
+    def _scan(self, coarse: Array, allowed: Mapping[int, NDArray[np.bool_]], dx: int, dy: int) -> list[Placed]:
         """Candidates by merit and by gain over all templates and scan positions."""
-        results = [(size, *bank.scan(coarse)) for size, bank in self._banks.items()]
-        top = max(float(gain.max()) for _, gain, _ in results)
-        if top <= 0:
-            return []
         gains, merits, owners = [], [], []
-        for size, gain, energy in results:
-            index = np.flatnonzero(gain > 0.25 * top)
-            flat = gain.ravel()[index]
-            gains.append(flat)
-            merits.append(flat * np.minimum(flat / np.maximum(energy.ravel()[index], 1e-6), 1.0))
+        for size, bank in self._banks.items():
+            correlation, energy, missing = bank.scan(coarse)
+            gain = 2 * correlation - energy
+            gain[:, ~allowed[size]] = -1.0
+            index = np.flatnonzero(gain > 0.3 * gain.max())
+            index = index[gain.ravel()[index] > 0]
+            gains.append(gain.ravel()[index])
+            merits.append(merit(correlation.ravel()[index], energy.ravel()[index], missing.ravel()[index]))
             owners += [(size, int(item)) for item in index]
+        if not owners:
+            return []
         picked: dict[Placed, None] = {}
         for values in (np.concatenate(merits), np.concatenate(gains)):
             count = min(self._candidates, len(values))
@@ -350,8 +394,9 @@ class Search:
         side = weights.shape[0]
         top, left = (placed.y + OVERHANG) * unit, (placed.x + OVERHANG) * unit
         totals: NDArray[np.float32] = np.einsum("hwc,hwc->c", fine[top : top + side, left : left + side], weights)
-        energy = float(totals[4:].sum())
-        return Fit(placed, 2 * float(totals[:4].sum()) - energy, energy)
+        correlation, energy = totals[CORRELATION].sum(), totals[ENERGY].sum()
+        value = merit(correlation, energy, totals[MISSING].sum())
+        return Fit(placed, float(2 * correlation - energy), float(energy), float(value))
 
     def _climb(self, fine: Array, fit: Fit) -> Fit:
         """Move by single units, at most two each way, while that explains more."""
