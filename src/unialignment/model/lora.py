@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unialignment.errors import CheckpointError, ConfigError, InputError
-from unialignment.model.checkpoints import _open, name_list
+from unialignment.model.checkpoints import open_weights, name_list
 from unialignment.storage import storage_error
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -128,7 +128,7 @@ def read_lora(path: str | Path, transformer: nn.Module) -> tuple[dict[str, LoraP
         CheckpointError: It is missing, damaged, no LoRA, of an unsupported kind (DoRA, LoHa, LoKr), or nothing fits.
     """
     file = find_lora(path)
-    with _open(file) as opened:
+    with open_weights(file) as opened:
         metadata = opened.metadata() or {}
         state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     special = [key for key in state if any(word in key for word in ("dora_scale", "hada_", "lokr_", "lora_magnitude"))]

@@ -20,6 +20,7 @@ from unialignment.model.text import TokenEmbedder
 from unialignment.model.tokenizer import TextTokenizer
 from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.tasks import TASKS
+from unialignment.training import lora
 from unialignment.training.config import TransformerConfig
 from unialignment.training.objective import Objective, ObjectiveSettings
 
@@ -154,13 +155,17 @@ def build_objective(
         if config.model.transformer:
             report("model.transformer is ignored: the sizes come from model.initial.")
         transformer.requires_grad_(True)
-        embedder.requires_grad_(True)
+        embedder.requires_grad_(isinstance(embedder, TokenEmbedder))  # a T5 encoder is frozen
     else:
         arguments = transformer_arguments(
             config, resolution // autoencoder.spatial_factor, autoencoder.latent_channels, tokenizer.vocab_size
         )
         transformer = UniAlignmentTransformer(**arguments)
         embedder = TokenEmbedder(tokenizer.vocab_size, transformer.config.joint_attention_dim, config.text.max_length)
+    transformer.gradient_checkpointing = config.run.activation_checkpointing
+    if config.lora.rank:
+        layers = lora.prepare(transformer, embedder, config.lora)
+        report(f"LoRA of rank {config.lora.rank} on {len(layers)} layers; all other weights are frozen.")
     flow = FlowPath(**config.flow.model_dump())
     masked = MaskedPath(tokenizer.mask_token_id, **config.masked.model_dump())
     settings = ObjectiveSettings(

@@ -44,6 +44,9 @@ class RunSection(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads of torch. Default: all.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast. Measure it on a CPU.")
     compile: Compile = Field("off", description="torch.compile: auto measures both at the start and keeps the faster.")
+    activation_checkpointing: bool = Field(
+        False, description="Recompute each block in the backward pass: much less memory, about a third slower."
+    )
     budget_seconds: float | None = Field(None, gt=0, description="Wall-clock length of the run, restarts included.")
     max_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps.")
     checkpoint_minutes: float = Field(5.0, gt=0, description="Minutes between checkpoints.")
@@ -76,8 +79,10 @@ class WorldSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: orthogonalised momentum for the blocks' matrices, AdamW for the rest."
+    name: Literal["adamw", "muon", "adamw8bit"] = Field(
+        "adamw",
+        description="muon: orthogonalised momentum for the blocks' matrices, AdamW for the rest. adamw8bit: AdamW in a "
+        "quarter of the memory; needs bitsandbytes and CUDA.",
     )
     lr: float = Field(1e-3, gt=0, description="Base learning rate.")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="AdamW betas.")
@@ -149,6 +154,21 @@ class TransformerModelSection(Section):
         default_factory=dict, description="Arguments of UniAlignmentTransformer that differ from the flavour's."
     )
     initial: Path | None = Field(None, description="Model folder whose weights to start from, e.g. an earlier stage's.")
+
+
+class LoraSection(Section):
+    """Train a small change of the weights instead of the weights."""
+
+    rank: int = Field(0, ge=0, description="Inner width of the change; 0: train all weights.")
+    alpha: float | None = Field(None, gt=0, description="Scale numerator. Default: the rank.")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        min_length=1,
+        description="Ends of the names of the layers that are changed.",
+    )
+    base_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Type in which the frozen weights are held; bf16 needs run.precision=bf16."
+    )
 
 
 class TextSection(Section):
@@ -231,6 +251,7 @@ class TransformerConfig(Section):
     run: RunSection
     world: WorldSection = Field(default_factory=WorldSection)
     model: TransformerModelSection = Field(default_factory=TransformerModelSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
     text: TextSection = Field(default_factory=TextSection)
     autoencoder: AutoencoderSection = Field(default_factory=AutoencoderSection)
     teacher: TeacherSection = Field(default_factory=TeacherSection)
@@ -259,6 +280,10 @@ class TransformerConfig(Section):
     def _has_samples(self) -> TransformerConfig:
         if not any(self.mixture.values()):
             raise ValueError("mixture: at least one task needs samples")
+        if self.lora.rank and self.model.initial is None:
+            raise ValueError("lora.rank: a LoRA changes a trained model, name one with model.initial")
+        if self.lora.rank and self.lora.base_precision == "bf16" and self.run.precision != "bf16":
+            raise ValueError("lora.base_precision=bf16 needs run.precision=bf16")
         known = ("generate", "caption", "answer", "edit", "perceive", "control", "compose", "infill")
         for section in ("mixture", "task_weights"):
             for name in getattr(self, section):

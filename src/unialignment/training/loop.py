@@ -21,6 +21,7 @@ from torch import Tensor
 
 from unialignment.errors import ConfigError, UniAlignmentError
 from unialignment.storage import write_text
+from unialignment.training import lora
 from unialignment.training.batching import collate
 from unialignment.training.build import build_objective, build_tokenizer, parameter_count
 from unialignment.training.checkpoint import (
@@ -32,7 +33,7 @@ from unialignment.training.checkpoint import (
     with_prefix,
     without_prefix,
 )
-from unialignment.training.config import TransformerConfig, load_config, to_yaml
+from unialignment.training.config import LoraSection, TransformerConfig, load_config, to_yaml
 from unialignment.training.data import Prefetcher
 from unialignment.training.ema import ExponentialMovingAverage
 from unialignment.training.logging import Reporter, RunLog, grid
@@ -50,7 +51,7 @@ from unialignment.training.sampling import draw, to_pictures, write
 from unialignment.training.schedule import Progress, learning_rate_factor
 from unialignment.training.summary import summarise
 
-RESUME_MUST_MATCH = ("world", "model", "text", "autoencoder", "mixture", "micro_batches", "teacher")
+RESUME_MUST_MATCH = ("world", "model", "lora", "text", "autoencoder", "mixture", "micro_batches", "teacher")
 """Sections that may not change when a run is resumed: weights or data position would lose their meaning."""
 
 
@@ -114,7 +115,7 @@ class Trainer:
         random_tensors, random_plain = random_states()
         ema = self.ema.state_dict()
         tensors = {
-            **with_prefix("model.", self.trainable.state_dict()),
+            **with_prefix("model.", self._trained()),
             **with_prefix("ema.", {k: v for k, v in ema.items() if isinstance(v, Tensor)}),
             **with_prefix("optimizer.", optimizer_tensors),
             **with_prefix("random.", random_tensors),
@@ -133,6 +134,9 @@ class Trainer:
         }
         return self.store.save(self.progress.step, tensors, state)
 
+    def _trained(self) -> dict[str, Tensor]:
+        return lora.trained_state(self.trainable) if self.config.lora.rank else self.trainable.state_dict()
+
     def resume(self) -> bool:
         """Continue from the latest checkpoint in the run folder, if there is one.
 
@@ -145,12 +149,15 @@ class Trainer:
         tensors, state = self.store.load(latest)
         now = self.config.model_dump(mode="json")
         for section in RESUME_MUST_MATCH:
-            if now[section] != state["config"][section]:
+            if now[section] != state["config"].get(section, _absent(section)):
                 raise ConfigError(
                     f"{self.folder} holds a run with another {section!r} section. Use a new run.dir, or run.fresh=true "
                     "to start over in this one."
                 )
-        self.trainable.load_state_dict(without_prefix("model.", tensors))
+        if self.config.lora.rank:
+            lora.load_trained_state(self.trainable, without_prefix("model.", tensors))
+        else:
+            self.trainable.load_state_dict(without_prefix("model.", tensors))
         self.ema.load_state_dict({**without_prefix("ema.", tensors), "updates": state["ema_updates"]})
         restore_optimizer(self.optimizer, without_prefix("optimizer.", tensors), state["optimizer"])
         restore_random_states(without_prefix("random.", tensors), state["random"])
@@ -349,7 +356,12 @@ class Trainer:
         log.text(self.progress.step, task, "\n".join(lines))
 
     def export(self) -> Path:
-        """Write the present weights (the average, inside :meth:`validate`) as a model folder that ``load`` takes."""
+        """Write the present weights (the average, inside :meth:`validate`) as a model folder that ``load`` takes.
+
+        Of a LoRA run, the LoRA file alone.
+        """
+        if self.config.lora.rank:
+            return lora.export(self.objective.transformer, self.folder / "lora")
         from unialignment.pipeline import UniAlignmentPipeline
 
         objective = self.objective
@@ -371,7 +383,7 @@ class Trainer:
     def finish(self, log: RunLog) -> Path:
         """Validate once more, write the final weights and the summary; returns the model folder."""
         scores = self.validate(log)
-        folder = self.folder / "model"
+        folder = self.folder / ("lora" if self.config.lora.rank else "model")
         path = self.folder / "summary.md"
         write_text(path, summarise(self.config, self.progress, log.path, self.validations, self.skipped, self.replaced))
         self._say(f"Finished after {self.progress.step} steps. Weights: {folder}   Summary: {path}")
@@ -379,6 +391,11 @@ class Trainer:
         if gaps:
             self._say("Prompt-following (error with empty minus right prompt at t = 0.99): " + _pairs(gaps))
         return folder
+
+
+def _absent(section: str) -> Any:
+    """What a section says of a run from before it existed."""
+    return LoraSection().model_dump(mode="json") if section == "lora" else None
 
 
 class _Window:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from unialignment.errors import ConfigError
 from unialignment.training.config import OptimizerSection
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -50,10 +51,31 @@ def build_optimizer(model: nn.Module, options: OptimizerSection) -> torch.optim.
         {"params": without, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if options.name == "adamw8bit":
+        return _adamw_8bit(groups, options)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
     if options.name == "muon":
         return Muon(matrices, groups, options, fused)
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=fused)
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], options: OptimizerSection) -> torch.optim.Optimizer:
+    """AdamW whose moments take one byte each.
+
+    Raises:
+        ConfigError: its package or a CUDA device is missing.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "optimizer.name=adamw8bit needs the package bitsandbytes and a CUDA device: pip install bitsandbytes, "
+            "or use adamw."
+        ) from error
+    if any(p.device.type != "cuda" for group in groups for p in group["params"]):
+        raise ConfigError("optimizer.name=adamw8bit needs a CUDA device; use adamw here.")
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+    return optimizer
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
