@@ -20,7 +20,9 @@ from unialignment.conditioning import Condition
 from unialignment.errors import CheckpointError, InputError
 from unialignment.images import fit_image, load_image, to_images, to_tensor
 from unialignment.inputs import ImageOptions, Images, Prompts, TextOptions, build_requests
-from unialignment.model.folders import load_folder, resolve_model, save_folder
+from unialignment.model.folders import resolve_model, save_folder
+from unialignment.model.initialise import Initialisation
+from unialignment.model.layouts import load_model
 from unialignment.model.tokenizer import encode_conditions
 from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.outputs import ImageResult, TextResult
@@ -44,7 +46,9 @@ def load(
     """Load a model.
 
     Args:
-        name: A packaged model (``"nano"``), a folder, or a hub id (``"owner/name"``).
+        name: A packaged model (``"nano"``), a folder, or a hub id (``"owner/name"``). A folder is one of ours, the
+            published UniAlignment pipeline, or Stable Diffusion 3 or 3.5 medium in diffusers' layout; the last is a
+            starting point for training, and what is new in it is logged and listed in ``pipe.initialisation``.
         device: Where to compute; the best there is unless given.
         dtype: Arithmetic of the transformer, ``"float32"`` unless given. The autoencoder stays in float32.
         revision: Branch, tag or commit of a hub id.
@@ -112,6 +116,8 @@ class UniAlignmentPipeline:
         self.allow_urls = allow_urls
         self.text_limit = int(getattr(text_embedder, "max_length", DEFAULT_TEXT_LIMIT))
         self.progress_options: dict[str, Any] = {}
+        self.initialisation: Initialisation | None = None
+        """Which tensors are new, when the weights are only a starting point (Stable Diffusion 3's)."""
 
     # ------------------------------------------------------------------------------------------- loading and saving
 
@@ -127,16 +133,18 @@ class UniAlignmentPipeline:
     ) -> UniAlignmentPipeline:
         """Load a model; see :func:`load`."""
         target, arithmetic = _device(device), _dtype(dtype)
-        components, index = load_folder(resolve_model(name, revision), _COMPONENTS)
+        loaded = load_model(resolve_model(name, revision), _COMPONENTS, arithmetic)
+        index = loaded.settings
         sampling = index.get("sampling") or {}
         if not isinstance(sampling, dict) or not all(isinstance(value, dict) for value in sampling.values()):
             raise CheckpointError("'sampling' in model_index.json must map task names to settings")
         pipe = cls(
-            **components,
+            **loaded.components,
             name=str(index.get("name") or Path(str(name)).name),
             sampling=sampling,
             allow_urls=allow_urls,
         )
+        pipe.initialisation = loaded.initialisation
         return pipe.to(target, arithmetic)
 
     def save_pretrained(self, folder: str | Path, dtypes: Mapping[str, str] | None = None) -> None:
@@ -354,7 +362,7 @@ class UniAlignmentPipeline:
 
     def condition(self, texts: Sequence[str], images: Sequence[Tensor] = ()) -> Condition:
         """Condition texts, and latents of condition pictures, as the transformer takes them."""
-        ids, mask = encode_conditions(self.tokenizer, texts)
+        ids, mask = encode_conditions(self.tokenizer, texts, length=getattr(self.text_embedder, "prompt_length", None))
         ids, mask = ids.to(self.device), mask.to(self.device)
         embeds = self.text_embedder.embed(ids, mask).to(self.dtype)
         return Condition(embeds, mask, tuple(image.to(self.dtype) for image in images))

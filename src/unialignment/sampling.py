@@ -128,14 +128,22 @@ def write(
     seeds = [row[0] for row in expand_seeds(options["seed"], len(requests), 1)]
     sources = _Sources(pipe, requests, pipe.default_size, pipe.default_size, options)
     path = MaskedPath(pipe.tokenizer.mask_token_id)
-    end = pipe.tokenizer.pad_token_id
+    end = pipe.tokenizer.pad_token_id if pipe.tokenizer.eos_token_id is None else pipe.tokenizer.eos_token_id
     texts: dict[int, str] = {}
     canvases = [_canvas(pipe, request, length, fixed=options["max_length"] is not None) for request in requests]
+    questions = [_question(pipe, request) for request in requests]
+    beside = not getattr(pipe.text_embedder, "question_first", False)
+    if not beside and guidance.text_scale != 1.0:
+        raise InputError(
+            f"{pipe.name} reads questions as part of the text it writes, which nothing can be guided away "
+            "from; leave guidance_scale at 1"
+        )
+    canvases = [torch.cat(parts) for parts in zip(questions, canvases, strict=True)]
     shapes = [(len(request.sources), len(canvas)) for request, canvas in zip(requests, canvases, strict=True)]
     groups = _groups(shapes, options["batch_size"], length)
     with _bar(pipe, task, len(groups), options) as bar:
         for rows in groups:
-            denoiser = _denoiser(pipe, requests, sources, rows, guidance, options["use_cache"])
+            denoiser = _denoiser(pipe, requests, sources, rows, guidance, options["use_cache"], texts=beside)
             branches = guidance.branches(bool(requests[rows[0]].sources))
             # A gap is a missing word, never the end of the text.
             logits = _guided_logits(pipe, denoiser, guidance, branches, end if task.gaps else None)
@@ -144,7 +152,8 @@ def write(
             own = [seeds[row] for row in rows]
             filled = decode(logits, ids, path, decoding, own, None if task.gaps else end, hook)
             bar.update(hook.rest())
-            texts.update(zip(rows, pipe.tokenizer.decode(filled.cpu()), strict=True))
+            written = [row_ids[len(questions[row]) :] for row, row_ids in zip(rows, filled.tolist(), strict=True)]
+            texts.update(zip(rows, pipe.tokenizer.decode(written), strict=True))
     return TextResult(
         texts=[texts[row] for row in range(len(requests))],
         seeds=seeds,
@@ -234,6 +243,13 @@ def _canvas(pipe: UniAlignmentPipeline, request: Request, length: int, fixed: bo
     return torch.nn.functional.pad(ids, (0, missing), value=pipe.tokenizer.pad_token_id)
 
 
+def _question(pipe: UniAlignmentPipeline, request: Request) -> Tensor:
+    """Ids ``[Q]`` that the target text begins with: the question, for models that read it so; else none."""
+    if not request.text or not getattr(pipe.text_embedder, "question_first", False):
+        return torch.zeros(0, dtype=torch.long)
+    return pipe.tokenizer.encode([request.text])[0][0]
+
+
 def _best(scores: Tensor, inputs: int, drawn: int, keep: int) -> list[int]:
     """Indices of the ``keep`` highest scores of each input, best first."""
     order = scores.view(inputs, drawn).argsort(dim=1, descending=True, stable=True)[:, :keep]
@@ -282,16 +298,27 @@ def _denoiser(
     rows: Sequence[int],
     guidance: Guidance,
     cached: bool,
+    texts: bool = True,
 ) -> Denoiser:
-    """The model as a function of target tokens, given the conditions of ``rows``, each encoded once."""
+    """The model as a function of target tokens, given the conditions of ``rows``, each encoded once.
+
+    Without ``texts``, pictures are the only conditions.
+    """
     unique = list(dict.fromkeys(rows))
     chosen = [requests[row] for row in unique]
     count = len(chosen[0].sources)
     latents = [pipe.encode_images([sources.pictures[row][number] for row in unique]) for number in range(count)]
     conditions: dict[Branch, Condition] = {}
     for branch in guidance.branches(count > 0):
-        texts = [request.text if branch == "full" else request.negative for request in chosen]
-        conditions[branch] = pipe.condition(texts, [] if branch == "nothing" else latents)
+        images = [] if branch == "nothing" else latents
+        if texts:
+            prompts = [request.text if branch == "full" else request.negative for request in chosen]
+            conditions[branch] = pipe.condition(prompts, images)
+        else:
+            none = torch.zeros(len(chosen), 0, pipe.text_embedder.embedding_dim, device=pipe.device, dtype=pipe.dtype)
+            conditions[branch] = Condition(
+                none, none.new_zeros(none.shape[:2], dtype=torch.bool), tuple(image.to(pipe.dtype) for image in images)
+            )
     index = torch.tensor([unique.index(row) for row in rows], device=pipe.device)
     return Denoiser(pipe.transformer, conditions, index, cached)
 

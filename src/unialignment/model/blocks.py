@@ -143,6 +143,35 @@ class JointAttention(nn.Module):
         return self.to_out[0](x) if stream == "image" else self.to_add_out(x)
 
 
+class ImageAttention(nn.Module):
+    """Projections of Stable Diffusion 3.5's second attention, in which image tokens see image tokens only.
+
+    Args:
+        dim: Width.
+        heads: Attention heads.
+        head_dim: Channels a head.
+        qk_norm: See :class:`JointAttention`.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, qk_norm: str | None) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` to ``[B, N, D]``."""
+        query, key, value = (
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.to_q, self.to_k, self.to_v)
+        )
+        if self.norm_q is not None and self.norm_k is not None:
+            query, key = _rms_norm(query, self.norm_q), _rms_norm(key, self.norm_k)
+        return self.to_out[0](attend(query, key, value, None).transpose(1, 2).flatten(2))
+
+
 class JointBlock(nn.Module):
     """One dual-stream block.
 
@@ -156,6 +185,8 @@ class JointBlock(nn.Module):
             checkpoint). ``"shared"``: one map for the model plus a learned offset a block (adaLN-single,
             arXiv 2310.00426), which saves half of a small model's parameters.
         activation: See :class:`FeedForward`.
+        dual_attention: Whether image tokens also attend to the image tokens of the same pass alone (SD 3.5), with three
+            more modulation vectors for it; needs ``modulation="block"``.
     """
 
     def __init__(
@@ -167,14 +198,16 @@ class JointBlock(nn.Module):
         qk_norm: str | None,
         modulation: str,
         activation: str = "gelu",
+        dual_attention: bool = False,
     ) -> None:
         super().__init__()
         if modulation == "block":
-            self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
+            self.norm1, self.norm1_context = Modulation(dim, 9 if dual_attention else 6), Modulation(dim, 6)
         else:
             self.scale_shift_table = nn.Parameter(torch.zeros(6 * dim))
             self.scale_shift_table_context = nn.Parameter(torch.zeros(6 * dim))
         self.attn = JointAttention(dim, heads, head_dim, qk_norm)
+        self.attn2 = ImageAttention(dim, heads, head_dim, qk_norm) if dual_attention else None
         self.ff = FeedForward(dim, int(dim * mlp_ratio), activation)
         self.ff_context = FeedForward(dim, int(dim * mlp_ratio), activation)
         self.dim = dim
@@ -185,21 +218,40 @@ class JointBlock(nn.Module):
             values = segment.shared + (self.scale_shift_table if image else self.scale_shift_table_context)
         else:
             values = (self.norm1 if image else self.norm1_context)(segment.embedding)
-        return list(values.unsqueeze(1).chunk(6, dim=-1))
+        return list(values.unsqueeze(1).chunk(9 if image and self.attn2 is not None else 6, dim=-1))
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (self.dim,), eps=1e-6)
 
     def attention_inputs(self, segment: Segment) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-        """Query, key, value (each ``[B, heads, N, head_dim]``) of a segment, and its six modulation vectors."""
+        """Query, key, value (each ``[B, heads, N, head_dim]``) of a segment, and its modulation vectors."""
         modulation = self._modulation(segment)
         x = modulate(self._norm(segment.tokens), modulation[0], modulation[1])
         return self.attn.project(segment.stream, x), modulation
 
-    def finish(self, segment: Segment, attended: Tensor, modulation: list[Tensor]) -> Segment:
-        """Adds the attention result ``[B, heads, N, head_dim]`` and the feed-forward to a segment."""
-        _, _, gate_attention, shift, scale, gate_mlp = modulation
+    def image_attention(self, segments: list[Segment], modulations: list[list[Tensor]]) -> list[Tensor | None]:
+        """The second attention's result ``[B, N, D]`` for each image segment; ``None`` for text, and without one.
+
+        All image tokens of a pass see each other. Cached conditions aren't seen: those saw each other at the prefill.
+        """
+        pictures = [index for index, segment in enumerate(segments) if segment.stream == "image"]
+        found: list[Tensor | None] = [None] * len(segments)
+        if self.attn2 is None or not pictures:
+            return found
+        tokens = [modulate(self._norm(segments[i].tokens), modulations[i][6], modulations[i][7]) for i in pictures]
+        lengths = [segments[index].tokens.shape[1] for index in pictures]
+        for index, piece in zip(pictures, self.attn2(torch.cat(tokens, dim=1)).split(lengths, dim=1), strict=True):
+            found[index] = piece
+        return found
+
+    def finish(
+        self, segment: Segment, attended: Tensor, modulation: list[Tensor], second: Tensor | None = None
+    ) -> Segment:
+        """Adds the attention results (``[B, heads, N, head_dim]``; ``second`` is the image attention's) and the MLP."""
+        _, _, gate_attention, shift, scale, gate_mlp = modulation[:6]
         x = torch.addcmul(segment.tokens, self.attn.output(segment.stream, attended), gate_attention)
+        if second is not None:
+            x = torch.addcmul(x, second, modulation[8])
         feed_forward = self.ff if segment.stream == "image" else self.ff_context
         x = torch.addcmul(x, feed_forward(modulate(self._norm(x), shift, scale)), gate_mlp)
         return Segment(segment.stream, x, segment.embedding, segment.shared)
@@ -233,8 +285,9 @@ class JointBlock(nn.Module):
         query = torch.cat([qkv[0] for qkv, _ in inputs], dim=2)
         attended = attend(query, key, value, mask)
         pieces = attended.split([segment.tokens.shape[1] for segment in segments], dim=2)
+        seconds = self.image_attention(segments, [modulation for _, modulation in inputs])
         out = [
-            self.finish(segment, piece, modulation)
-            for segment, piece, (_, modulation) in zip(segments, pieces, inputs, strict=True)
+            self.finish(segment, piece, modulation, second)
+            for segment, piece, (_, modulation), second in zip(segments, pieces, inputs, seconds, strict=True)
         ]
         return out, own

@@ -36,8 +36,12 @@ def name_list(names: Iterable[str], limit: int = 4) -> str:
 # ------------------------------------------------------------------------------------------------- files to tensors
 
 
-def _open(path: Path) -> Any:
-    """Open a safetensors file after checking that it is one."""
+def open_weights(path: Path) -> Any:
+    """Open a safetensors file after checking that it is one.
+
+    Raises:
+        CheckpointError: It is missing, empty, damaged, a Git LFS pointer or a pickle.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -85,7 +89,7 @@ def find_weights(path: str | Path) -> dict[str, Path]:
     if path.is_file():
         if path.suffix in _PICKLES:
             raise CheckpointError(f"{path} is a pickle file, and pickles can run code; ask for safetensors instead")
-        with _open(path) as file:
+        with open_weights(path) as file:
             return dict.fromkeys(file.keys(), path)
     for name in _WEIGHT_FILES:
         index = path / f"{name}.index.json"
@@ -118,7 +122,7 @@ def _sharded(index: Path) -> dict[str, Path]:
             "the download is incomplete, repeat it"
         )
     for shard in sorted(shards):
-        with _open(index.parent / shard) as file:
+        with open_weights(index.parent / shard) as file:
             absent = {name for name, where in weight_map.items() if where == shard} - set(file.keys())
         if absent:
             raise CheckpointError(f"{index.parent / shard} lacks tensors its index promises: {name_list(absent)}")
@@ -200,7 +204,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     where = find_weights(path)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(where.values())):
-        with _open(file) as opened:
+        with open_weights(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - a safetensors handle isn't iterable
                 if where.get(name) == file:
                     shapes[name] = tuple(opened.get_slice(name).get_shape())
@@ -208,7 +212,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     targets = module.state_dict()
     with torch.no_grad():
         for file in sorted(set(where.values())):
-            with _open(file) as opened:
+            with open_weights(file) as opened:
                 for name in (name for name, place in where.items() if place == file):
                     targets[name].copy_(opened.get_tensor(name))
 
@@ -229,7 +233,7 @@ def describe_weights(path: str | Path) -> dict[str, Any]:
     parameters = 0
     files = set(where.values())
     for file in files:
-        with _open(file) as opened:
+        with open_weights(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - a safetensors handle isn't iterable
                 size = 1
                 for length in opened.get_slice(name).get_shape():
@@ -267,7 +271,7 @@ def load_tensors(path: str | Path, allow_pickle_tensors: bool = False) -> dict[s
     where = find_weights(path)
     state = {}
     for file in sorted(set(where.values())):
-        with _open(file) as opened:
+        with open_weights(file) as opened:
             state.update({name: opened.get_tensor(name) for name, place in where.items() if place == file})
     return state
 

@@ -119,7 +119,7 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
 
     Args:
         name: Name of a packaged model (``"nano"``), a path, or a hub id (``"owner/name"``), which is downloaded once
-            (safetensors, configs and tokenizer only).
+            (safetensors, configs, tokenizer and the published mask embedding only).
         revision: Branch, tag or commit of a hub id.
 
     Returns:
@@ -153,7 +153,10 @@ def _download(hub_id: str, revision: str | None, known: str) -> Path:
 
         return Path(
             snapshot_download(
-                hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.md"]
+                hub_id,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "mask_token_emb*.pth"],
+                ignore_patterns=["*.fp16*"],  # a second copy of the same weights
             )
         )
     except Exception as error:  # the hub client raises its own, requests' or httpx' errors, by version

@@ -280,7 +280,9 @@ class TextTokenizer:
             raise CheckpointError(f"cannot load a tokenizer from {folder}: {error}") from error
 
 
-def encode_conditions(tokenizer: TextTokenizer, texts: Sequence[str], bucket: int = 1) -> tuple[Tensor, Tensor]:
+def encode_conditions(
+    tokenizer: TextTokenizer, texts: Sequence[str], bucket: int = 1, length: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Condition texts to ids and mask, each text followed by one visible end token.
 
     The end token gives an empty prompt a token to be seen by, and marks where a prompt is complete.
@@ -289,10 +291,17 @@ def encode_conditions(tokenizer: TextTokenizer, texts: Sequence[str], bucket: in
         tokenizer: The tokenizer.
         texts: Condition texts.
         bucket: Pad the length to a multiple of this.
+        length: Pad to exactly this, all padding visible, as Stable Diffusion 3 does.
 
     Returns:
         ids ``[B, L]`` and bool mask ``[B, L]``.
+
+    Raises:
+        InputError: A text is longer than ``length``.
     """
+    if length is not None:
+        ids, mask = tokenizer.encode(list(texts), length)
+        return ids, torch.ones_like(mask)
     if any(texts):
         ids, mask = tokenizer.encode(list(texts))
     else:

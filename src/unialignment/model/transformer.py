@@ -6,8 +6,6 @@ velocities and logits go out.
 
 from __future__ import annotations
 
-import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +15,6 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -207,9 +203,10 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
                 raise ConfigError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}.")
         if caption_projection_dim not in (None, dim):
             raise ConfigError(f"caption_projection_dim={caption_projection_dim} must equal heads x head_dim = {dim}.")
-        if dual_attention_layers and modulation != "block":
+        dual_layers = set(dual_attention_layers or ())
+        if dual_layers and modulation != "block":
             raise ConfigError("dual_attention_layers (Stable Diffusion 3.5) need modulation='block'.")
-        if not set(dual_attention_layers) <= set(range(num_layers)):
+        if not dual_layers <= set(range(num_layers)):
             raise ConfigError(f"dual_attention_layers={dual_attention_layers} must be blocks 0 to {num_layers - 1}.")
         out_channels = out_channels or in_channels
         self.pos_embed = PatchEmbed(in_channels, dim, patch_size, pos_embed_max_size, max(sample_size // patch_size, 1))
@@ -232,7 +229,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         self.transformer_blocks = nn.ModuleList(
             JointBlock(
                 *(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, modulation, activation),
-                dual_attention=index in dual_attention_layers,
+                dual_attention=index in dual_layers,
             )
             for index in range(num_layers)
         )
@@ -254,22 +251,15 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
             **kwargs: diffusers' (``subfolder``, ``torch_dtype``, ``device_map``, …).
 
         Raises:
+            CheckpointError: the folder is incomplete, damaged or of another architecture.
             OSError: nothing there to load.
         """
+        from unialignment.model.published import check_transformer  # it builds transformers itself
+
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        config, weights = folder / "config.json", folder / SAFETENSORS_WEIGHTS_NAME
-        if config.is_file():
-            # diffusers replaces the keys listed in "_use_default_values" by the class's defaults, which aren't those of
-            # the class that wrote a published config. What the file says is what the weights need.
-            known = set(inspect.signature(cls.__init__).parameters) - {"self"}
-            for key, value in json.loads(config.read_text()).items():
-                if key in known:
-                    kwargs.setdefault(key, value)
-        if weights.is_file() and "num_null_image_tokens" not in kwargs:
-            # The published config doesn't say how many null-image tokens there are; the weights do.
-            with safe_open(weights, framework="pt") as file:
-                if "null_image_embd" in file.keys():  # noqa: SIM118 - not a mapping
-                    kwargs["num_null_image_tokens"] = file.get_slice("null_image_embd").get_shape()[1]
+        if folder.is_dir():
+            # diffusers would fill in what is missing at random, and take defaults from the wrong class.
+            kwargs = {**check_transformer(folder), **kwargs}
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
 

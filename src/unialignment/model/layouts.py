@@ -1,0 +1,58 @@
+"""Which layout a model folder has, and how it is loaded: ours, the published one, or Stable Diffusion 3's.
+
+Knows nothing of what components compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from unialignment.errors import CheckpointError
+from unialignment.model.checkpoints import read_json
+from unialignment.model.folders import INDEX_NAME, load_folder, verify_checksums
+from unialignment.model.initialise import SD3_CLASS, load_sd3
+from unialignment.model.published import PUBLISHED_CLASS, LoadedModel, load_published
+
+Layout = Literal["unialignment", "published", "sd3"]
+_LAYOUTS: dict[str, Layout] = {
+    "UniAlignmentTransformer": "unialignment",
+    PUBLISHED_CLASS: "published",
+    SD3_CLASS: "sd3",
+}
+
+
+def folder_layout(folder: str | Path) -> Layout:
+    """The layout of a model folder, by the class of transformer that ``model_index.json`` names.
+
+    Raises:
+        CheckpointError: There is no index, or it names a class that isn't known.
+    """
+    path = Path(folder) / INDEX_NAME
+    entry = read_json(path).get("transformer")
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+    if name not in _LAYOUTS:
+        raise CheckpointError(f"{path} names no usable transformer (got {entry!r}); expected {' or '.join(_LAYOUTS)}")
+    return _LAYOUTS[name]
+
+
+def load_model(folder: str | Path, names: Iterable[str], dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a model folder of any layout.
+
+    Args:
+        folder: On disk.
+        names: Components that a folder of ours must have.
+        dtype: Of large components, which are then never in memory in another; a folder of ours comes in float32.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, unsafe or of a class that isn't known; nothing is returned.
+    """
+    folder = Path(folder)
+    layout = folder_layout(folder)
+    if layout == "unialignment":
+        return LoadedModel(*load_folder(folder, names))
+    verify_checksums(folder)
+    return load_published(folder, dtype) if layout == "published" else load_sd3(folder, dtype)
