@@ -89,6 +89,24 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "train a model", "system:train", "unialign train configs/nano.yaml optimizer.lr=5e-4", "configure_train"
     ),
+    "merge": Command(
+        "write a model with a LoRA added to its weights",
+        "weights:merge",
+        "unialign merge models/base runs/mine/lora --out models/mine",
+        "configure_merge",
+    ),
+    "convert": Command(
+        "write a model in another folder layout",
+        "weights:convert",
+        "unialign convert models/published --out models/ours",
+        "configure_convert",
+    ),
+    "plan": Command(
+        "predict the memory of a configuration, and what makes it fit",
+        "weights:plan",
+        "unialign plan configs/sd3-medium.yaml --gpu-memory 24GiB",
+        "configure_plan",
+    ),
     "eval": Command(
         "measure a model on held-out scenes",
         "system:evaluate",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unialignment.errors import CheckpointError, InputError, StorageError
-from unialignment.model.checkpoints import open_weights, find_weights
+from unialignment.model.checkpoints import find_weights, open_weights
 from unialignment.storage import storage_error
 
 CHUNK = 16 * 2**20
@@ -184,7 +184,19 @@ class FolderWriter:
         """Write indented JSON."""
         self.stream(name, iter([(json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()]))
 
-    def tensors(self, folder: str, stem: str, entries: Mapping[str, Entry], max_shard_size: int) -> list[str]:
+    def remember(self, name: str) -> None:
+        """Note a file that something else has written into the folder."""
+        data = (self.folder / name).read_bytes()
+        self.files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def tensors(
+        self,
+        folder: str,
+        stem: str,
+        entries: Mapping[str, Entry],
+        max_shard_size: int,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[str]:
         """Write tensors as ``<stem>.safetensors``, or as shards with an index when they are larger than one shard.
 
         Args:
@@ -192,6 +204,7 @@ class FolderWriter:
             stem: ``"diffusion_pytorch_model"`` or ``"model"``.
             entries: Name → tensor.
             max_shard_size: Bytes of a shard; a larger tensor has a shard of its own.
+            metadata: Further metadata of each file.
 
         Returns:
             Names of the weight files.
@@ -207,7 +220,7 @@ class FolderWriter:
         else:
             names = [f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
         for name, shard in zip(names, shards, strict=True):
-            self.stream(prefix + name, _file(shard))
+            self.stream(prefix + name, _file(shard, metadata or {}))
         if len(shards) > 1:
             total = sum(entry.size for entry in entries.values())
             weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -216,10 +229,10 @@ class FolderWriter:
         return [prefix + name for name in names]
 
 
-def _file(entries: Mapping[str, Entry]) -> Iterator[bytes]:
+def _file(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> Iterator[bytes]:
     """A safetensors file, chunk by chunk. Wide types come first, so that every tensor is aligned."""
     order = sorted(entries, key=lambda name: (-_width(entries[name]), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name in order:
         entry = entries[name]

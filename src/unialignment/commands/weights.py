@@ -1,0 +1,76 @@
+"""Commands about weights as files and as memory: merge, convert, plan. Each delegates to the room that does it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from unialignment.commands import common
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder to write; a new one")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def configure_merge(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``unialign merge``."""
+    parser.add_argument("model", help="packaged name, folder, or hub id")
+    parser.add_argument("lora", type=Path, help="LoRA file, or a folder with one")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="strength; 1 is as trained")
+    _add_writing(parser)
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Write a model with a LoRA added to its weights."""
+    from unialignment.model.convert import merge_folder
+    from unialignment.model.folders import resolve_model
+
+    started = time.perf_counter()
+    report = merge_folder(resolve_model(args.model), args.lora, args.out, args.scale, args.max_shard_size)
+    data = {"path": str(args.out), "matched": list(report.matched), "unmatched": dict(report.unmatched)}
+    common.say(args, {**data, "seconds": common.seconds(started)}, [report.summary(), str(args.out)])
+    return 0
+
+
+def configure_convert(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``unialign convert``."""
+    parser.add_argument("model", help="packaged name, folder (of a model, or of a transformer alone), or hub id")
+    parser.add_argument(
+        "--to", choices=("unialignment", "published"), help="layout to write (default: the one that it isn't in)"
+    )
+    _add_writing(parser)
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write a model in another folder layout."""
+    from unialignment.model.convert import convert as write
+    from unialignment.model.folders import resolve_model
+
+    started = time.perf_counter()
+    path = write(resolve_model(args.model), args.out, args.to, args.max_shard_size)
+    common.say(args, {"path": str(path), "seconds": common.seconds(started)}, [str(path)])
+    return 0
+
+
+def configure_plan(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``unialign plan``."""
+    parser.add_argument("config", help="YAML file of a transformer run")
+    parser.add_argument("override", nargs="*", metavar="key=value", help="settings to change, by dotted name")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory to fit into, like 24GiB")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Predict the memory of a configuration, and say what makes it fit."""
+    from unialignment.model.streaming import parse_size
+    from unialignment.planning import plan as predict
+    from unialignment.training.config import load_config
+
+    started = time.perf_counter()
+    budget = parse_size(args.gpu_memory) if args.gpu_memory else None
+    result = predict(load_config(args.config, args.override), budget)
+    common.say(args, {**result.as_dict(), "seconds": common.seconds(started)}, result.lines())
+    return 0
