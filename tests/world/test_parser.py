@@ -9,6 +9,9 @@ import pytest
 
 from unialignment.errors import InputError
 from unialignment.world._matching import (
+    CORRELATION,
+    ENERGY,
+    MISSING,
     apply_separable,
     blur_matrix,
     canvas_features,
@@ -207,7 +210,9 @@ def test_gain_is_the_fall_of_the_squared_error():
     expected = ((picture - front - weight * behind) ** 2).sum() - ((picture - front - weight * drawn) ** 2).sum()
     features = canvas_features(picture, behind, front, weight, pad=2)[5:10, 6:11]
     totals = (features * template_weights(np.concatenate([colour, alpha], -1))).sum((0, 1))
-    assert 2 * totals[:4].sum() - totals[4:].sum() == pytest.approx(expected, rel=1e-4)
+    assert 2 * totals[CORRELATION].sum() - totals[ENERGY].sum() == pytest.approx(expected, rel=1e-4)
+    missing = alpha * weight[3:8, 4:9] * (picture - front - weight * behind)[3:8, 4:9] ** 2
+    assert totals[MISSING].sum() == pytest.approx(missing.sum(), rel=1e-4)
 
 
 def test_blur_and_shrink_keep_means():
