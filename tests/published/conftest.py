@@ -18,11 +18,11 @@ EXTRA_IDS = 4
 T5_WIDTH = 48
 
 
-def make_tokenizer(folder: Path) -> int:
+def make_tokenizer(folder: Path, size: int = 124) -> int:
     """Save a tiny T5 tokenizer as ``transformers`` does; returns its size (the mask is the last id)."""
     from transformers import T5TokenizerFast
 
-    letters = [chr(code) for code in range(33, 127)]
+    letters = [chr(code) for code in range(33, 127)][: size - 4 - len(WORDS) - EXTRA_IDS]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
     pieces += [(f"▁{word}", -2.0) for word in WORDS] + [(letter, -6.0) for letter in letters]
     pieces += [(f"<extra_id_{index}>", 0.0) for index in reversed(range(EXTRA_IDS))]
@@ -124,6 +124,12 @@ def make_published_folder(path: Path | str, seed: int = 0) -> Path:
     }
     (path / "model_index.json").write_text(json.dumps(index, indent=2))
     return path
+
+
+@pytest.fixture(scope="session", name="make_tokenizer")
+def tokenizer_builder() -> Callable[..., int]:
+    """``make_tokenizer(folder, size=124)``."""
+    return make_tokenizer
 
 
 @pytest.fixture(scope="session")

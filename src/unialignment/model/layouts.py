@@ -28,11 +28,15 @@ _LAYOUTS: dict[str, Layout] = {
 def folder_layout(folder: str | Path) -> Layout:
     """The layout of a model folder, by the class of transformer that ``model_index.json`` names.
 
+    Without an index the transformer's own config is asked.
+
     Raises:
-        CheckpointError: There is no index, or it names a class that isn't known.
+        CheckpointError: There is neither, or the class isn't known.
     """
-    path = Path(folder) / INDEX_NAME
-    entry = read_json(path).get("transformer")
+    path, config = Path(folder) / INDEX_NAME, Path(folder) / "transformer" / "config.json"
+    if not path.is_file() and config.is_file():
+        path = config
+    entry = read_json(path).get("transformer" if path.name == INDEX_NAME else "_class_name")
     name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
     if name not in _LAYOUTS:
         raise CheckpointError(f"{path} names no usable transformer (got {entry!r}); expected {' or '.join(_LAYOUTS)}")

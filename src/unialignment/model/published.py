@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -251,6 +251,8 @@ def load_text_encoder(folder: str | Path, width: int, dtype: torch.dtype = torch
     """
     folder = Path(folder)
     config = check_class(folder, ("T5EncoderModel", "T5ForConditionalGeneration"), "architectures")
+    if config.get("model_type", "t5") != "t5":
+        raise CheckpointError(f"{folder / 'config.json'} describes a {config['model_type']}; expected a T5 encoder")
     if config.get("d_model") != width:
         raise CheckpointError(
             f"the text encoder in {folder} is {config.get('d_model')} wide and the transformer expects {width}; they "
@@ -298,11 +300,16 @@ def load_vae(folder: str | Path, channels: int) -> KLAutoencoder:
     return KLAutoencoder(autoencoder).eval()
 
 
-def load_t5_tokenizer(folder: str | Path) -> TextTokenizer:
+def load_t5_tokenizer(folder: str | Path, vocab_size: int | None = None) -> TextTokenizer:
     """Load a T5 tokenizer folder; ``<extra_id_0>`` is the mask, as published.
 
+    Args:
+        folder: In ``transformers``' layout.
+        vocab_size: Of the transformer's text head. A tokenizer without sentinels has its mask one past its last token,
+            where the head has room for it.
+
     Raises:
-        CheckpointError: It is missing, damaged, or has no padding, end or sentinel token.
+        CheckpointError: It is missing, damaged, or has no padding token or no mask.
     """
     folder = Path(folder)
     config = read_json(folder / "tokenizer_config.json")
@@ -321,17 +328,19 @@ def load_t5_tokenizer(folder: str | Path) -> TextTokenizer:
     # Padding and truncation of whoever saved it last are stored too.
     backend.no_padding()
     backend.no_truncation()
-    ids: dict[str, int] = {}
-    for role, default in (("pad_token", "<pad>"), ("eos_token", "</s>"), ("mask", "<extra_id_0>")):
+
+    def token_id(role: str, default: str) -> int | None:
         token = config.get(role) or default
-        token = token.get("content") if isinstance(token, dict) else token
-        found = backend.token_to_id(str(token))
-        if found is None:
-            raise CheckpointError(f"the tokenizer in {folder} has no token {token!r}; expected a T5 tokenizer")
-        ids[role] = found
-    return TextTokenizer(
-        backend, pad_token_id=ids["pad_token"], mask_token_id=ids["mask"], eos_token_id=ids["eos_token"]
-    )
+        return cast("int | None", backend.token_to_id(str(token["content"] if isinstance(token, dict) else token)))
+
+    pad, end, mask = token_id("pad_token", "<pad>"), token_id("eos_token", "</s>"), backend.token_to_id("<extra_id_0>")
+    size = backend.get_vocab_size(with_added_tokens=True)
+    if mask is None and vocab_size is not None and vocab_size > size:
+        mask = size
+    if pad is None or mask is None:
+        missing = "padding token" if pad is None else "<extra_id_0>, the mask"
+        raise CheckpointError(f"the tokenizer in {folder} has no {missing}; expected a T5 tokenizer")
+    return TextTokenizer(backend, pad_token_id=pad, mask_token_id=mask, eos_token_id=end)
 
 
 def scheduler_shift(folder: str | Path, tokens: int) -> float:
@@ -380,7 +389,7 @@ def assemble(
         CheckpointError: They don't belong together.
     """
     config = transformer.config
-    if not len(tokenizer) <= config.vocab_size <= encoder.config.vocab_size:
+    if not len(tokenizer) <= config.vocab_size <= max(encoder.config.vocab_size, len(tokenizer)):
         raise CheckpointError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the transformer's text head {config.vocab_size} "
             f"and the text encoder {encoder.config.vocab_size}; they belong to different models"
@@ -409,7 +418,7 @@ def load_published(folder: str | Path, dtype: torch.dtype = torch.float32) -> Lo
     folder = Path(folder)
     # What is cheap to check comes first: a wrong folder is refused before gigabytes are read.
     settings = check_transformer(folder / "transformer")
-    tokenizer = load_t5_tokenizer(folder / "tokenizer")
+    tokenizer = load_t5_tokenizer(folder / "tokenizer", int(settings.get("vocab_size", 0)))
     width = int(settings.get("joint_attention_dim", 4096))
     mask_embedding = load_mask_embedding(folder, width)
     vae = load_vae(folder / "vae", int(settings.get("in_channels", 16)))
