@@ -132,6 +132,18 @@ def tokenizer_builder() -> Callable[..., int]:
     return make_tokenizer
 
 
+@pytest.fixture(scope="session", name="make_transformer")
+def transformer_builder() -> Callable[..., None]:
+    """``make_transformer(folder, seed=0, **changes)``."""
+    return make_transformer
+
+
+@pytest.fixture(scope="session", name="make_text_encoder")
+def text_encoder_builder() -> Callable[..., None]:
+    """``make_text_encoder(folder, seed=1, width=48, vocab_size=160)``."""
+    return make_text_encoder
+
+
 @pytest.fixture(scope="session")
 def published_builder() -> Callable[..., Path]:
     """``make_published_folder``, for tests that change what they load."""

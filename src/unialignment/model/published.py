@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -263,12 +263,14 @@ def load_text_encoder(folder: str | Path, width: int, dtype: torch.dtype = torch
             encoder = T5EncoderModel(T5Config.from_dict(config))
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'} doesn't describe a T5 encoder: {error}") from error
-    where = find_weights(folder)
+    where = {name: path for name, path in find_weights(folder).items() if not name.startswith(("decoder.", "lm_head."))}
+    # One table under two names, of which a file may have either or both.
     table, tied = "shared.weight", "encoder.embed_tokens.weight"
-    if tied in where:
-        where = {table if name == tied and table not in where else name: path for name, path in where.items()}
-    unused = [name for name in where if name == tied or name.startswith(("decoder.", "lm_head."))]
-    state = read_tensors({name: path for name, path in where.items() if name not in unused}, dtype)
+    if table in where:
+        where.pop(tied, None)
+    check_names_and_shapes(encoder, tensor_shapes(where), str(folder), ignore=(table if tied in where else tied,))
+    state = read_tensors(where, dtype)
+    state.setdefault(table, state.pop(tied, torch.empty(0)))
     fill(encoder, state, str(folder), tied=(tied,))
     encoder.encoder.set_input_embeddings(encoder.shared)
     return encoder.eval()
@@ -331,7 +333,7 @@ def load_t5_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Text
 
     def token_id(role: str, default: str) -> int | None:
         token = config.get(role) or default
-        return cast("int | None", backend.token_to_id(str(token["content"] if isinstance(token, dict) else token)))
+        return backend.token_to_id(str(token["content"] if isinstance(token, dict) else token))
 
     pad, end, mask = token_id("pad_token", "<pad>"), token_id("eos_token", "</s>"), backend.token_to_id("<extra_id_0>")
     size = backend.get_vocab_size(with_added_tokens=True)
