@@ -218,7 +218,13 @@ def test_shared_draws_are_the_mean_over_separate_passes(tokenizer: TextTokenizer
     expected = model.flow.loss(separate.velocity, path).view(2, 3).mean(1)
     torch.testing.assert_close(shared, expected, atol=1e-5, rtol=1e-5)
     assert output.image_features is not None
+    assert output.image_features.shape[0] == 2
     torch.testing.assert_close(output.image_features, separate.image_features[[0, 3]], atol=1e-4, rtol=1e-4)
+    (answers,) = collate([sample("answer", i) for i in range(2)], tokenizer)
+    losses, read = model.batch_loss(answers, torch.Generator().manual_seed(5))
+    assert losses.shape == (2,)
+    assert read.text_features is not None
+    assert read.text_features.shape[0] == 2
     with pytest.raises(ConfigError, match="draws > 1 needs"):
         objective(tokenizer, mode="joint", cross=0.0, draws=2)
 

@@ -209,7 +209,7 @@ class LossSection(Section):
     published_projector: bool = False
     projector_dim: int = Field(512, ge=8)
     draws: int = Field(
-        1, ge=1, description="Noise levels per picture and step, sharing one encoding of its conditions."
+        1, ge=1, description="Noise levels per target and step, sharing one encoding of its conditions."
     )
 
 

@@ -43,7 +43,7 @@ class ObjectiveSettings:
         image_teacher_dim: Width of the image teacher's embeddings; 0: no image teacher.
         text_teacher_dim: Width of the text teacher's embeddings; 0: no text teacher.
         projector_dim: Hidden width of the projectors.
-        draws: Noise levels each picture is denoised at in a step (``prefix`` only): conditions are encoded once and
+        draws: Noise levels each target is denoised at in a step (``prefix`` only): conditions are encoded once and
             shared, so that a further draw costs the target's tokens alone. The loss of a sample is the mean over them.
     """
 
@@ -199,76 +199,69 @@ class Objective(nn.Module):
         return ObjectiveOutput(total, logs)
 
     def batch_loss(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, TransformerOutput]:
-        """Per-sample diffusion loss ``[B]`` of one batch, and the pass's output."""
-        layer = self.feature_layer if self._wants_features else None
-        paired = self.settings.cross > 0 and bool((batch.pair_ids >= 0).any())
+        """Per-sample diffusion loss ``[B]`` of one batch, and the features of the pass (of each sample's first draw)."""
+        draws = self.settings.draws
         target, sources = self._latents(batch)
         prompt = self.text_embedder.embed(batch.prompt_ids, batch.prompt_mask)
+        rows = torch.arange(len(batch)).repeat_interleave(draws)
+        process: FlowPath | MaskedPath
         if batch.target == "image":
             assert target is not None
-            if self.settings.draws > 1:
-                return self._shared_draws(batch, prompt, target, sources, paired, layer, generator)
-            path = self.flow.sample_path(target, self.flow.sample_time(len(batch), generator), generator)
-            output = self.transformer(
-                text_embeds=prompt,
-                text_mask=batch.prompt_mask,
-                latents=path.noised,
-                sources=sources,
-                timestep=path.timestep.to(path.noised.device),
-                target="image",
-                feature_layer=layer,
-                condition_features=paired,
-            )
-            return self.flow.loss(output.velocity, path), output
-        assert batch.target_ids is not None
-        time = self.masked.sample_time(len(batch), generator)
-        path = self.masked.sample_path(batch.target_ids, time, generator, batch.maskable)
-        output = self.transformer(
-            text_embeds=self.text_embedder.embed(path.noised, None),
-            latents=sources[0] if sources else None,
-            sources=sources[1:],
-            timestep=path.timestep.to(prompt.device),
-            target="text",
-            feature_layer=layer,
-            condition_text_embeds=prompt,
-            condition_text_mask=batch.prompt_mask,
-            logit_positions=path.corrupted,
-            condition_features=paired,
-        )
-        return self.masked.loss(output.text_logits, path), output
+            process = self.flow
+            path = self.flow.sample_path(target[rows], self.flow.sample_time(len(rows), generator), generator)
+            noised: dict[str, Any] = {"latents": path.noised}
+        else:
+            assert batch.target_ids is not None
+            process = self.masked
+            time = self.masked.sample_time(len(rows), generator)
+            maskable = None if batch.maskable is None else batch.maskable[rows]
+            path = self.masked.sample_path(batch.target_ids[rows], time, generator, maskable)
+            embeds = self.text_embedder.embed(path.noised, None)
+            noised = {"text_embeds": embeds, "logit_positions": path.corrupted}
+        output = self._denoise(batch, prompt, sources, noised, path.timestep.to(prompt.device), rows)
+        prediction = output.velocity if batch.target == "image" else output.text_logits
+        assert prediction is not None
+        return process.loss(prediction, path).view(len(batch), draws).mean(1), output
 
-    def _shared_draws(
+    def _denoise(
         self,
         batch: Batch,
         prompt: Tensor,
-        target: Tensor,
         sources: list[Tensor],
-        paired: bool,
-        layer: int | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, TransformerOutput]:
-        """Loss ``[B]`` of an image batch, each sample at several noise levels against one prefill of its conditions."""
-        draws = self.settings.draws
+        noised: dict[str, Any],
+        timestep: Tensor,
+        rows: Tensor,
+    ) -> TransformerOutput:
+        """The transformer's pass over the noised targets of a batch, ``rows`` saying whose conditions each has."""
+        layer = self.feature_layer if self._wants_features else None
+        paired = self.settings.cross > 0 and bool((batch.pair_ids >= 0).any())
+        image_target = batch.target == "image"
+        if self.transformer.config.attention_mode == "joint":
+            text = {"text_embeds": prompt, "text_mask": batch.prompt_mask}
+            question = {"condition_text_embeds": prompt, "condition_text_mask": batch.prompt_mask}
+            images = {"sources": sources} if image_target else {"latents": sources[0], "sources": sources[1:]}
+            output: TransformerOutput = self.transformer(
+                **noised,
+                **(text if image_target else question),
+                **(images if sources else {}),
+                timestep=timestep,
+                target=batch.target,
+                feature_layer=layer,
+            )
+            return output
         cache = self.transformer.prefill(
             text_embeds=prompt, text_mask=batch.prompt_mask, images=sources, feature_layer=layer, features=paired
         )
-        rows = torch.arange(len(batch), device=target.device).repeat_interleave(draws)
-        path = self.flow.sample_path(target[rows], self.flow.sample_time(len(rows), generator), generator)
-        output = self.transformer.denoise(
-            cache.select(rows),
-            latents=path.noised,
-            timestep=path.timestep.to(path.noised.device),
-            feature_layer=layer,
-        )
-        assert output.velocity is not None
-        loss = self.flow.loss(output.velocity, path).view(len(batch), draws).mean(1)
-        # Features of one draw stand for the sample, as without sharing.
-        first = slice(None, None, draws)
-        output.image_features = None if output.image_features is None else output.image_features[first]
-        output.mid_image_features = None if output.mid_image_features is None else output.mid_image_features[first]
-        output.text_features = cache.output.text_features
-        output.mid_text_features = cache.output.mid_text_features
-        return loss, output
+        shared = cache if len(rows) == len(batch) else cache.select(rows.to(prompt.device))
+        output = self.transformer.denoise(shared, **noised, timestep=timestep, feature_layer=layer)
+        first = slice(None, None, self.settings.draws)
+        own, other = ("image", "text") if image_target else ("text", "image")
+        for name in (f"{own}_features", f"mid_{own}_features"):
+            value = getattr(output, name)
+            setattr(output, name, None if value is None else value[first])
+        for name in (f"{other}_features", f"mid_{other}_features"):
+            setattr(output, name, getattr(cache.output, name))
+        return output
 
     def _latents(self, batch: Batch) -> tuple[Tensor | None, list[Tensor]]:
         """Target (if a picture) and source latents, in one autoencoder pass when sizes agree."""
