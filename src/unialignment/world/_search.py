@@ -279,8 +279,12 @@ class Search:
     def _add(self, placed: list[Placed]) -> list[Placed]:
         """Add objects while they explain something."""
         while len(placed) < self._most:
+            if self.error(placed) < self._floor:
+                break
             # Behind everything, occupied pixels count as unknown; in front, what a wrong object hides is won back.
-            fits = [self._best_fit([], placed)] + ([self._best_fit(placed, [])] if placed else [])
+            fits = [self._best_fit([], placed)]
+            if any(self._kept(placed, index) < GOOD_FIT for index in range(len(placed))):
+                fits.append(self._best_fit(placed, []))
             fit = max((fit for fit in fits if fit is not None), key=lambda fit: fit.merit, default=None)
             if fit is None or fit.gain < self._floor or fit.quality < 0.05:
                 break
