@@ -129,7 +129,7 @@ class Denoiser:
                 text_embeds=embeds,
                 latents=condition.images[0] if condition.images else None,
                 sources=condition.images[1:],
-                condition_text_embeds=condition.text if condition.text.shape[1] else None,
+                condition_text_embeds=condition.text,
                 condition_text_mask=condition.mask,
                 timestep=timestep,
                 target="text",

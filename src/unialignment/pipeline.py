@@ -114,7 +114,7 @@ class UniAlignmentPipeline:
         self.sampling: dict[str, dict[str, Any]] = {task: dict(values) for task, values in (sampling or {}).items()}
         self.tasks = tasks
         self.allow_urls = allow_urls
-        self.text_limit = int(getattr(text_embedder, "max_length", DEFAULT_TEXT_LIMIT))
+        self.text_limit = int(tokenizer.prompt_length or getattr(text_embedder, "max_length", DEFAULT_TEXT_LIMIT))
         self.progress_options: dict[str, Any] = {}
         self.initialisation: Initialisation | None = None
         """Which tensors are new, when the weights are only a starting point (Stable Diffusion 3's)."""
@@ -362,7 +362,7 @@ class UniAlignmentPipeline:
 
     def condition(self, texts: Sequence[str], images: Sequence[Tensor] = ()) -> Condition:
         """Condition texts, and latents of condition pictures, as the transformer takes them."""
-        ids, mask = encode_conditions(self.tokenizer, texts, length=getattr(self.text_embedder, "prompt_length", None))
+        ids, mask = encode_conditions(self.tokenizer, texts)
         ids, mask = ids.to(self.device), mask.to(self.device)
         embeds = self.text_embedder.embed(ids, mask).to(self.dtype)
         return Condition(embeds, mask, tuple(image.to(self.dtype) for image in images))

@@ -132,7 +132,7 @@ def write(
     texts: dict[int, str] = {}
     canvases = [_canvas(pipe, request, length, fixed=options["max_length"] is not None) for request in requests]
     questions = [_question(pipe, request) for request in requests]
-    beside = not getattr(pipe.text_embedder, "question_first", False)
+    beside = not pipe.tokenizer.question_first
     if not beside and guidance.text_scale != 1.0:
         raise InputError(
             f"{pipe.name} reads questions as part of the text it writes, which nothing can be guided away "
@@ -245,7 +245,7 @@ def _canvas(pipe: UniAlignmentPipeline, request: Request, length: int, fixed: bo
 
 def _question(pipe: UniAlignmentPipeline, request: Request) -> Tensor:
     """Ids ``[Q]`` that the target text begins with: the question, for models that read it so; else none."""
-    if not request.text or not getattr(pipe.text_embedder, "question_first", False):
+    if not request.text or not pipe.tokenizer.question_first:
         return torch.zeros(0, dtype=torch.long)
     return pipe.tokenizer.encode([request.text])[0][0]
 

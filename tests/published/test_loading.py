@@ -328,10 +328,13 @@ def test_a_tokenizer_of_another_size(folder: Path, make_tokenizer: Callable[...,
     refused(folder, "cannot load a tokenizer")
 
 
-def test_a_text_head_smaller_than_the_tokenizer(folder: Path, make_transformer: Callable[..., None]) -> None:
+def test_a_text_head_that_its_neighbours_do_not_fit(folder: Path, make_transformer: Callable[..., None]) -> None:
     shutil.rmtree(folder / "transformer")
     make_transformer(folder / "transformer", vocab_size=97)
     refused(folder, "124 tokens", "text head 97")
+    shutil.rmtree(folder / "transformer")
+    make_transformer(folder / "transformer", vocab_size=200)
+    refused(folder, "text head 200", "text encoder 160")
 
 
 class Code:

@@ -15,7 +15,14 @@ from unialignment.errors import CheckpointError
 from unialignment.model.checkpoints import read_json
 from unialignment.model.folders import INDEX_NAME, load_folder, verify_checksums
 from unialignment.model.initialise import SD3_CLASS, load_sd3
-from unialignment.model.published import PUBLISHED_CLASS, LoadedModel, load_published
+from unialignment.model.published import (
+    PUBLISHED_CLASS,
+    LoadedModel,
+    load_published,
+    load_t5_tokenizer,
+    transformer_settings,
+)
+from unialignment.model.tokenizer import TextTokenizer
 
 Layout = Literal["unialignment", "published", "sd3"]
 _LAYOUTS: dict[str, Layout] = {
@@ -41,6 +48,21 @@ def folder_layout(folder: str | Path) -> Layout:
     if name not in _LAYOUTS:
         raise CheckpointError(f"{path} names no usable transformer (got {entry!r}); expected {' or '.join(_LAYOUTS)}")
     return _LAYOUTS[name]
+
+
+def load_model_tokenizer(folder: str | Path) -> TextTokenizer:
+    """The tokenizer of a model folder of any layout, as :func:`load_model` would give it.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or the folder's layout isn't known.
+    """
+    folder = Path(folder)
+    layout = folder_layout(folder)
+    if layout == "unialignment":
+        return TextTokenizer.from_pretrained(folder / "tokenizer")
+    if layout == "sd3":
+        return load_t5_tokenizer(folder / "tokenizer_3")
+    return load_t5_tokenizer(folder / "tokenizer", transformer_settings(folder / "transformer").get("vocab_size"))
 
 
 def load_model(folder: str | Path, names: Iterable[str], dtype: torch.dtype = torch.float32) -> LoadedModel:

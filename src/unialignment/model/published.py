@@ -303,7 +303,7 @@ def load_vae(folder: str | Path, channels: int) -> KLAutoencoder:
 
 
 def load_t5_tokenizer(folder: str | Path, vocab_size: int | None = None) -> TextTokenizer:
-    """Load a T5 tokenizer folder; ``<extra_id_0>`` is the mask, as published.
+    """Load a T5 tokenizer folder; ``<extra_id_0>`` is the mask, and texts are laid out, as published.
 
     Args:
         folder: In ``transformers``' layout.
@@ -342,7 +342,8 @@ def load_t5_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Text
     if pad is None or mask is None:
         missing = "padding token" if pad is None else "<extra_id_0>, the mask"
         raise CheckpointError(f"the tokenizer in {folder} has no {missing}; expected a T5 tokenizer")
-    return TextTokenizer(backend, pad_token_id=pad, mask_token_id=mask, eos_token_id=end)
+    head = max(size, vocab_size or 0, mask + 1)
+    return TextTokenizer(backend, pad, mask, end, head, prompt_length=PROMPT_LENGTH, question_first=True)
 
 
 def scheduler_shift(folder: str | Path, tokens: int) -> float:
@@ -391,15 +392,13 @@ def assemble(
         CheckpointError: They don't belong together.
     """
     config = transformer.config
-    if not len(tokenizer) <= config.vocab_size <= max(encoder.config.vocab_size, len(tokenizer)):
+    known = max(encoder.config.vocab_size, tokenizer.mask_token_id + 1)
+    if not len(tokenizer) <= config.vocab_size <= known:
         raise CheckpointError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the transformer's text head {config.vocab_size} "
             f"and the text encoder {encoder.config.vocab_size}; they belong to different models"
         )
-    tokenizer.vocab_size = config.vocab_size
-    embedder = T5TextEmbedder(
-        encoder, tokenizer.mask_token_id, mask_embedding, prompt_length=PROMPT_LENGTH, question_first=True
-    )
+    embedder = T5TextEmbedder(encoder, tokenizer.mask_token_id, mask_embedding)
     shift = scheduler_shift(folder / "scheduler", (config.sample_size // config.patch_size) ** 2)
     return LoadedModel(
         {"transformer": transformer, "text_embedder": embedder.eval(), "autoencoder": vae, "tokenizer": tokenizer},

@@ -99,10 +99,6 @@ class T5TextEmbedder(nn.Module):
         mask_token_id: Id whose embedding is replaced; may lie beyond the encoder's vocabulary.
         mask_embedding: The replacement ``[D]``; the encoder's own row when ``None``.
         use_attention_mask: Keep padding out of attention (not the published form).
-        prompt_length: Condition texts are padded to this many tokens, and the padding is seen by the transformer (256
-            in Stable Diffusion 3 and the published model). ``None``: padding is masked.
-        question_first: A question is the beginning of the text that is written, and embedded with it at every step
-            (published), rather than a condition beside it.
     """
 
     mask_embedding: Tensor
@@ -113,15 +109,11 @@ class T5TextEmbedder(nn.Module):
         mask_token_id: int,
         mask_embedding: Tensor | None = None,
         use_attention_mask: bool = False,
-        prompt_length: int | None = None,
-        question_first: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder.requires_grad_(False).eval()
         self.mask_token_id = mask_token_id
         self.use_attention_mask = use_attention_mask
-        self.prompt_length = prompt_length
-        self.question_first = question_first
         rows = encoder.get_input_embeddings().weight
         if mask_embedding is None:
             if mask_token_id >= len(rows):
@@ -137,11 +129,6 @@ class T5TextEmbedder(nn.Module):
     def embedding_dim(self) -> int:
         """Width of the vectors."""
         return int(self.encoder.config.d_model)
-
-    @property
-    def max_length(self) -> int:
-        """Longest text, in tokens."""
-        return self.prompt_length or 512
 
     def train(self, mode: bool = True) -> T5TextEmbedder:
         """Stays in evaluation mode: the encoder is frozen and its dropout must not wake up in a training loop."""
@@ -159,6 +146,8 @@ class T5TextEmbedder(nn.Module):
             InputError: Not integer ids of two dimensions, or ids beyond the vocabulary.
         """
         _check_ids(ids)
+        if not ids.shape[1]:
+            return self.mask_embedding.new_zeros(*ids.shape, self.embedding_dim)
         table = self.encoder.get_input_embeddings()
         masked = ids == self.mask_token_id
         rest = ids.masked_fill(masked, 0)
@@ -176,12 +165,7 @@ class T5TextEmbedder(nn.Module):
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Save the encoder in ``transformers``' layout, and the mask embedding beside it."""
         self.encoder.save_pretrained(folder, **options)
-        metadata = {
-            "mask_token_id": str(self.mask_token_id),
-            "use_attention_mask": str(int(self.use_attention_mask)),
-            "prompt_length": str(self.prompt_length or 0),
-            "question_first": str(int(self.question_first)),
-        }
+        metadata = {"mask_token_id": str(self.mask_token_id), "use_attention_mask": str(int(self.use_attention_mask))}
         save_file({"mask_embedding": self.mask_embedding.contiguous()}, str(Path(folder) / _MASK_FILE), metadata)
 
     @classmethod
@@ -212,21 +196,13 @@ class T5TextEmbedder(nn.Module):
                     metadata = file.metadata() or {}
                 mask_embedding = load_file(str(path))["mask_embedding"] if mask_embedding is None else mask_embedding
                 mask_token_id = int(metadata["mask_token_id"]) if mask_token_id is None else mask_token_id
-            prompt_length = int(metadata.get("prompt_length", 0)) or None
         except Exception as error:  # safetensors and transformers raise various types for damaged files
             raise CheckpointError(f"cannot load a T5 text embedder from {folder}: {error}") from error
         if mask_token_id is None:
             raise CheckpointError(
                 f"{folder} has no {_MASK_FILE}: say which token is the mask, e.g. mask_token_id=32099 (<extra_id_0>)"
             )
-        return cls(
-            encoder,
-            mask_token_id,
-            mask_embedding,
-            use_attention_mask=metadata.get("use_attention_mask") == "1",
-            prompt_length=prompt_length,
-            question_first=metadata.get("question_first") == "1",
-        )
+        return cls(encoder, mask_token_id, mask_embedding, metadata.get("use_attention_mask") == "1")
 
 
 def load_text_embedder(folder: str | Path, **options: Any) -> TokenEmbedder | T5TextEmbedder:

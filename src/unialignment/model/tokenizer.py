@@ -62,6 +62,10 @@ class TextTokenizer:
         mask_token_id: The absorbing state of masked diffusion. May be one past the backend's vocabulary.
         eos_token_id: A token that also ends a text (T5's ``</s>``), if any.
         vocab_size: Number of ids that a model has to know, the mask included; from the backend when ``None``.
+        prompt_length: Condition texts are padded to this many tokens, all of which the model sees (256 in Stable
+            Diffusion 3 and the published model). ``None``: one visible end token, masked padding.
+        question_first: A question is the beginning of the text that is written, as in the published model, rather than
+            a condition beside it.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class TextTokenizer:
         mask_token_id: int = 1,
         eos_token_id: int | None = None,
         vocab_size: int | None = None,
+        prompt_length: int | None = None,
+        question_first: bool = False,
     ) -> None:
         self._backend = backend
         # A user's literal "[MASK]" or "[PAD]" in a prompt is text, not a command.
@@ -79,6 +85,8 @@ class TextTokenizer:
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
         self.vocab_size = vocab_size or max(backend.get_vocab_size(with_added_tokens=True), mask_token_id + 1)
+        self.prompt_length = prompt_length
+        self.question_first = question_first
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -243,8 +251,13 @@ class TextTokenizer:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's definition; changes whenever any text could be tokenized differently."""
-        settings = (self.pad_token_id, self.mask_token_id, self.eos_token_id, self.vocab_size)
+        settings = (self.pad_token_id, self.mask_token_id, self.eos_token_id, self.vocab_size, *self._layout().items())
         return hashlib.sha256((self._backend.to_str() + repr(settings)).encode()).hexdigest()
+
+    def _layout(self) -> dict[str, Any]:
+        """How texts are laid out, as far as it isn't our own way."""
+        layout = {"prompt_length": self.prompt_length, "question_first": self.question_first}
+        return {name: value for name, value in layout.items() if value}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``.
@@ -257,6 +270,7 @@ class TextTokenizer:
             "mask_token_id": self.mask_token_id,
             "eos_token_id": self.eos_token_id,
             "vocab_size": self.vocab_size,
+            **self._layout(),
         }
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -280,27 +294,25 @@ class TextTokenizer:
             raise CheckpointError(f"cannot load a tokenizer from {folder}: {error}") from error
 
 
-def encode_conditions(
-    tokenizer: TextTokenizer, texts: Sequence[str], bucket: int = 1, length: int | None = None
-) -> tuple[Tensor, Tensor]:
+def encode_conditions(tokenizer: TextTokenizer, texts: Sequence[str], bucket: int = 1) -> tuple[Tensor, Tensor]:
     """Condition texts to ids and mask, each text followed by one visible end token.
 
-    The end token gives an empty prompt a token to be seen by, and marks where a prompt is complete.
+    The end token gives an empty prompt a token to be seen by, and marks where a prompt is complete. With the
+    tokenizer's ``prompt_length``, texts are padded to that, all of it visible.
 
     Args:
         tokenizer: The tokenizer.
         texts: Condition texts.
         bucket: Pad the length to a multiple of this.
-        length: Pad to exactly this, all padding visible, as Stable Diffusion 3 does.
 
     Returns:
         ids ``[B, L]`` and bool mask ``[B, L]``.
 
     Raises:
-        InputError: A text is longer than ``length``.
+        InputError: A text is longer than the tokenizer's ``prompt_length``.
     """
-    if length is not None:
-        ids, mask = tokenizer.encode(list(texts), length)
+    if tokenizer.prompt_length is not None:
+        ids, mask = tokenizer.encode(list(texts), tokenizer.prompt_length)
         return ids, torch.ones_like(mask)
     if any(texts):
         ids, mask = tokenizer.encode(list(texts))

@@ -564,7 +564,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
             segments.append(self._segment("image", null, timestep))
             parts.append((null.shape[1], None))
         for text, mask in ((text_embeds, text_mask), (condition_text_embeds, condition_text_mask)):
-            if text is not None:
+            if text is not None and text.shape[1]:
                 segments.append(self._segment("text", self.context_embedder(text), timestep))
                 parts.append((text.shape[1], mask))
         mask = self._key_mask(segments[0].tokens.shape[0], parts)

@@ -38,6 +38,8 @@ class Batch:
         weights: ``[B]`` weight of each sample's loss.
         image_teacher: ``[B, D]`` teacher embeddings of the target pictures, or ``None``.
         text_teacher: ``[B, D]`` teacher embeddings of the captions, or ``None``.
+        question_lengths: ``[B]`` tokens that ``target_ids`` begin with and that aren't the target's own, for tokenizers
+            with ``question_first``; else ``None``.
     """
 
     target: str
@@ -53,9 +55,17 @@ class Batch:
     weights: Tensor
     image_teacher: Tensor | None = None
     text_teacher: Tensor | None = None
+    question_lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tasks)
+
+    def without_questions(self, ids: Tensor) -> list[list[int]]:
+        """Target ids ``[B, L]``, true or predicted, less the questions that they begin with."""
+        rows: list[list[int]] = ids.tolist()
+        if self.question_lengths is None:
+            return rows
+        return [row[start:] for row, start in zip(rows, self.question_lengths.tolist(), strict=True)]
 
 
 def images_to_tensor(images: Sequence[Image]) -> Tensor:
@@ -112,7 +122,7 @@ def collate(
             # A dropped prompt says nothing of the picture, so it is no partner for the contrastive loss.
             paired = [p and not d for p, d in zip(paired, drop, strict=True)]
         ids, mask = encode_conditions(tokenizer, prompts, PROMPT_BUCKET)
-        target_images = target_ids = maskable = None
+        target_images = target_ids = maskable = question_lengths = None
         if target == "image":
             target_images = images_to_tensor([_need(s.target_image, s, "target_image") for s in group])
         else:
@@ -121,6 +131,9 @@ def collate(
             maskable = torch.ones_like(target_ids, dtype=torch.bool)
             for row in (row for row, gap in enumerate(gaps) if gap):
                 maskable[row] = _gap_positions(group[row], target_ids[row], tokenizer)
+            if tokenizer.question_first:
+                target_ids, maskable, question_lengths = _lead(prompts, target_ids, maskable, tokenizer)
+                ids, mask = ids[:, :0], mask[:, :0]
         image_teacher = text_teacher = None
         if teacher is not None and all(s.pair_id in teacher for s in group):
             image_teacher = torch.stack([teacher[s.pair_id][0] for s in group if s.pair_id is not None])
@@ -142,9 +155,30 @@ def collate(
                 weights=torch.tensor([(task_weights or {}).get(sample.task, 1.0) for sample in group]),
                 image_teacher=image_teacher,
                 text_teacher=text_teacher,
+                question_lengths=question_lengths,
             )
         )
     return batches
+
+
+def _lead(
+    prompts: Sequence[str], target_ids: Tensor, maskable: Tensor, tokenizer: TextTokenizer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Target ids and maskable positions with the questions put before them, and the questions' lengths.
+
+    Rows of shorter questions are filled up with the end token, which is learned like any other end.
+    """
+    questions = [tokenizer.encode([prompt])[0][0] if prompt else target_ids.new_zeros(0) for prompt in prompts]
+    length = max(len(question) for question in questions) + target_ids.shape[1]
+    ids = target_ids.new_full((len(questions), length), tokenizer.pad_token_id)
+    allowed = maskable.new_ones(ids.shape)
+    for row, question in enumerate(questions):
+        start, end = len(question), len(question) + target_ids.shape[1]
+        ids[row, :start], ids[row, start:end] = question, target_ids[row]
+        allowed[row, :start], allowed[row, start:end] = False, maskable[row]
+        if not bool(maskable[row].all()):  # only the gaps of a text are its target
+            allowed[row, end:] = False
+    return ids, allowed, torch.tensor([len(question) for question in questions])
 
 
 def _gap_positions(sample: Sample, target: Tensor, tokenizer: TextTokenizer) -> Tensor:

@@ -70,7 +70,9 @@ def build_tokenizer(config: TransformerConfig, folder: Path) -> TextTokenizer:
     if config.text.tokenizer is not None:
         tokenizer = TextTokenizer.from_pretrained(config.text.tokenizer)
     elif config.model.initial is not None:
-        tokenizer = TextTokenizer.from_pretrained(config.model.initial / "tokenizer")
+        from unialignment.model.layouts import load_model_tokenizer
+
+        tokenizer = load_model_tokenizer(config.model.initial)
     else:
         from unialignment.world.presets import preset
         from unialignment.world.sprites import SpritePack

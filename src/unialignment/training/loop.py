@@ -347,7 +347,7 @@ class Trainer:
                 lines += [f"{i}. {text}" for i, text in enumerate(texts, len(lines) + 1)]
             else:
                 assert batch.target_ids is not None
-                wanted = self.tokenizer.decode(batch.target_ids)
+                wanted = self.tokenizer.decode(batch.without_questions(batch.target_ids))
                 written = write(self.objective, batch, options.sampling_steps)
                 for prompt, given, truth in zip(texts, written, wanted, strict=True):
                     lines.append(f"- {prompt or task}: **{given}** (truth: {truth})")

@@ -69,5 +69,5 @@ def write(objective: Objective, batch: Batch, steps: int) -> list[str]:
     seeds = list(range(len(batch)))
     end = objective.tokenizer.pad_token_id
     ids = decode(logits, start, objective.masked, TextDecoding(steps=steps), seeds, end_id=end)
-    texts: list[str] = objective.tokenizer.decode(ids)
+    texts: list[str] = objective.tokenizer.decode(batch.without_questions(ids))
     return texts

@@ -1,0 +1,91 @@
+"""Training sees texts as the published model does: padded prompts, questions before their answers, one tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import unialignment
+from unialignment.data.sample import Sample
+from unialignment.model.layouts import load_model_tokenizer
+from unialignment.model.tokenizer import TextTokenizer
+from unialignment.training.batching import Batch, collate
+
+PICTURE = np.zeros((64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(published_folder: Path) -> TextTokenizer:
+    return load_model_tokenizer(published_folder)
+
+
+def answers(tokenizer: TextTokenizer, *pairs: tuple[str, str]) -> Batch:
+    samples = [Sample("answer", prompt=q, sources=(PICTURE,), target_text=a) for q, a in pairs]
+    (batch,) = collate(samples, tokenizer)
+    return batch
+
+
+def test_the_run_keeps_the_tokenizer_of_the_model(
+    tokenizer: TextTokenizer, published_folder: Path, tmp_path: Path
+) -> None:
+    pipe = unialignment.load(published_folder)
+    tokenizer.save_pretrained(tmp_path / "run")
+    pipe.save_pretrained(tmp_path / "ours")
+    again = TextTokenizer.from_pretrained(tmp_path / "run")
+    for other in (pipe.tokenizer, again, load_model_tokenizer(tmp_path / "ours")):
+        assert other.fingerprint == tokenizer.fingerprint
+        assert (other.prompt_length, other.question_first) == (256, True)
+
+
+def test_prompts_are_padded_visibly(tokenizer: TextTokenizer) -> None:
+    (batch,) = collate([Sample("generate", prompt="a red dog", target_image=PICTURE)], tokenizer)
+    pipe_ids = tokenizer.encode(["a red dog"], 256)[0]
+    assert torch.equal(batch.prompt_ids, pipe_ids) and bool(batch.prompt_mask.all())
+    assert batch.question_lengths is None
+
+
+def test_questions_lead_and_are_never_masked(tokenizer: TextTokenizer) -> None:
+    pairs = [("what is red", "a red apple"), ("what is next to the dog", "the cat")]
+    batch = answers(tokenizer, *pairs)
+    assert batch.prompt_ids.shape == (2, 0) and batch.question_lengths is not None
+    assert batch.target_ids is not None and batch.maskable is not None
+    for row, (question, answer) in enumerate(pairs):
+        ids = tokenizer.encode([question])[0][0]
+        count = len(ids)
+        assert int(batch.question_lengths[row]) == count
+        assert torch.equal(batch.target_ids[row, :count], ids)
+        assert not bool(batch.maskable[row, :count].any()) and bool(batch.maskable[row, count:].all())
+        assert tokenizer.decode(batch.without_questions(batch.target_ids))[row] == answer
+    # The same canvas as at inference: question, then as many tokens as the task's text has.
+    assert batch.target_ids.shape[1] == int(batch.question_lengths.max()) + 8
+
+
+def test_captions_have_no_text_condition_and_gaps_stay_the_only_target(tokenizer: TextTokenizer) -> None:
+    (batch,) = collate([Sample("caption", sources=(PICTURE,), target_text="a dog")], tokenizer)
+    assert batch.prompt_ids.shape == (1, 0) and batch.target_ids is not None and batch.target_ids.shape == (1, 40)
+    gaps = Sample("infill", prompt="a [MASK] dog", sources=(PICTURE,), target_text="a red dog")
+    (batch,) = collate([gaps], tokenizer)
+    assert batch.maskable is not None and batch.maskable[0].nonzero().flatten().tolist() == [1]
+
+
+def test_the_model_trains_on_such_a_batch(tokenizer: TextTokenizer, published_folder: Path) -> None:
+    pipe = unialignment.load(published_folder)
+    batch = answers(tokenizer, ("what is red", "a red apple"))
+    assert batch.target_ids is not None and batch.maskable is not None
+    condition = pipe.text_embedder.embed(batch.prompt_ids, batch.prompt_mask)
+    assert condition.shape == (1, 0, 48)
+    masked = torch.where(batch.maskable, tokenizer.mask_token_id, batch.target_ids)
+    inputs = {
+        "text_embeds": pipe.text_embedder.embed(masked),
+        "latents": pipe.autoencoder.encode(batch.sources[0]),
+        **{"timestep": torch.zeros(1), "target": "text", "logit_positions": batch.maskable},
+    }
+    with_nothing = pipe.transformer(
+        **inputs, condition_text_embeds=condition, condition_text_mask=batch.prompt_mask
+    ).text_logits
+    torch.testing.assert_close(with_nothing, pipe.transformer(**inputs).text_logits)
+    with_nothing.square().mean().backward()
+    assert pipe.transformer.text_proj_out.weight.grad.abs().sum() > 0
