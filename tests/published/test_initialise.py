@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import unialignment
 from unialignment.errors import CheckpointError
-from unialignment.model.initialise import initialise_from_sd3
+from unialignment.model.initialise import _needed_names, initialise_from_sd3
 from unialignment.model.transformer import UniAlignmentTransformer
 
 FLAVOURS: dict[str, dict[str, object]] = {
@@ -218,3 +218,29 @@ def test_another_config_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=message):
             initialise_from_sd3(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"sample_size": 128, "pos_embed_max_size": 192},
+        {
+            **{"sample_size": 128, "pos_embed_max_size": 384, "qk_norm": "rms_norm"},
+            **{"dual_attention_layers": tuple(range(13))},
+        },
+    ],
+    ids=["3 medium", "3.5 medium"],
+)
+def test_full_sizes_fit_tensor_by_tensor(config: dict[str, object]) -> None:
+    """The published sizes, on the meta device: names and shapes without memory."""
+    sizes = {
+        **{"num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096},
+        **{"in_channels": 16, "out_channels": 16, "caption_projection_dim": 1536},
+        **config,
+    }
+    with torch.device("meta"):
+        theirs = SD3Transformer2DModel(**sizes, pooled_projection_dim=2048)
+        ours = UniAlignmentTransformer(**sizes, vocab_size=32100)
+    shapes = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+    assert len(_needed_names(ours, "transformer_blocks.23.", shapes, Path("medium"))) == len(shapes) - 4
+    assert 2.0e9 < sum(parameter.numel() for parameter in ours.parameters()) < 2.7e9

@@ -107,7 +107,7 @@ def initialise_from_sd3(
     model = empty_transformer(settings, folder)
     where = find_weights(folder)
     last = f"transformer_blocks.{model.config.num_layers - 1}."
-    needed = _needed_shapes(model, last, tensor_shapes(where), folder)
+    needed = _needed_names(model, last, tensor_shapes(where), folder)
     source = read_tensors({name: where[name] for name in needed}, dtype)
     pooled = read_tensors({name: path for name, path in where.items() if name.startswith(_POOLED)}, torch.float32)
     state = {_our_name(name): value for name, value in source.items()}
@@ -160,7 +160,7 @@ def _our_name(name: str) -> str:
     return name
 
 
-def _needed_shapes(
+def _needed_names(
     model: UniAlignmentTransformer, last: str, shapes: Mapping[str, tuple[int, ...]], folder: Path
 ) -> list[str]:
     """Names of the source's tensors to take over, once all that should be there are, in the right shapes."""
