@@ -89,3 +89,28 @@ def test_the_model_trains_on_such_a_batch(tokenizer: TextTokenizer, published_fo
     torch.testing.assert_close(with_nothing, pipe.transformer(**inputs).text_logits)
     with_nothing.square().mean().backward()
     assert pipe.transformer.text_proj_out.weight.grad.abs().sum() > 0
+
+
+def test_a_run_starts_from_the_published_folder(
+    published_folder: Path, repo_root: Path, tmp_path: Path, pack: object
+) -> None:
+    from rich.console import Console
+
+    from unialignment.training.config import load_config
+    from unialignment.training.loop import Trainer
+
+    config = load_config(
+        repo_root / "configs" / "tiny.yaml",
+        [
+            *(f"run.dir={tmp_path / 'run'}", "run.max_steps=2", "data.workers=0", f"model.initial={published_folder}"),
+            *("text.max_length=256", "loss.cross_form=published", "logging.tensorboard=false", "logging.samples=false"),
+            "mixture={generate: 1, edit: 1, compose: 1, answer: 1, perceive: 0, control: 0, caption: 0, infill: 0}",
+        ],
+    )
+    start = unialignment.load(published_folder)
+    pipe = unialignment.load(Trainer(config, Console(quiet=True)).train())
+    assert (pipe.tokenizer.prompt_length, pipe.tokenizer.question_first) == (256, True)
+    assert torch.equal(pipe.text_embedder.mask_embedding, start.text_embedder.mask_embedding)
+    for name in ("transformer_blocks.2.ff_context.net.2.weight", "image_proj_out.weight", "text_proj_out.weight"):
+        assert not torch.equal(pipe.transformer.state_dict()[name], start.transformer.state_dict()[name]), name
+    assert len(pipe.generate("a red dog", seed=0, num_inference_steps=1).images) == 1
