@@ -101,6 +101,20 @@ def _rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
+def project_heads(x: Tensor, linears: tuple[nn.Linear, ...], heads: int) -> list[Tensor]:
+    """``[B, N, D]`` through several linear layers, each result as ``[B, heads, N, head_dim]``.
+
+    One matrix product with their concatenated weights, which are small beside the tokens; the layers stay separate, as
+    their names in published files are.
+    """
+    if any(type(linear) is not nn.Linear for linear in linears):  # adapted (LoRA) or quantized: not just a weight
+        return [linear(x).unflatten(-1, (heads, -1)).transpose(1, 2) for linear in linears]
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = torch.cat([linear.bias for linear in linears])
+    joined = F.linear(x, weight, bias).unflatten(-1, (len(linears), heads, -1))
+    return [piece.transpose(1, 2) for piece in joined.unbind(2)]
+
+
 class JointAttention(nn.Module):
     """Query, key, value and output projections of both streams.
 
@@ -132,7 +146,7 @@ class JointAttention(nn.Module):
         else:
             linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
             query_norm, key_norm = self.norm_added_q, self.norm_added_k
-        query, key, value = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in linears)
+        query, key, value = project_heads(x, linears, self.heads)
         if query_norm is not None and key_norm is not None:
             query, key = _rms_norm(query, query_norm), _rms_norm(key, key_norm)
         return query, key, value
@@ -164,9 +178,7 @@ class ImageAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` to ``[B, N, D]``."""
-        query, key, value = (
-            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.to_q, self.to_k, self.to_v)
-        )
+        query, key, value = project_heads(x, (self.to_q, self.to_k, self.to_v), self.heads)
         if self.norm_q is not None and self.norm_k is not None:
             query, key = _rms_norm(query, self.norm_q), _rms_norm(key, self.norm_k)
         return self.to_out[0](attend(query, key, value, None).transpose(1, 2).flatten(2))
@@ -220,13 +232,21 @@ class JointBlock(nn.Module):
             values = (self.norm1 if image else self.norm1_context)(segment.embedding)
         return list(values.unsqueeze(1).chunk(9 if image and self.attn2 is not None else 6, dim=-1))
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.dim,), eps=1e-6)
+    def _norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Layer norm, then modulation; in the type that the next matrix product wants."""
+        if scale.shape[0] == 1:
+            # The same for the whole batch (conditions, at time zero): the norm's own weight and bias, in one kernel.
+            x = F.layer_norm(x, (self.dim,), 1 + scale.flatten(), shift.flatten(), eps=1e-6)
+        else:
+            x = modulate(F.layer_norm(x, (self.dim,), eps=1e-6), shift, scale)
+        device = x.device.type
+        # Once here rather than by autocast before every product.
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
     def attention_inputs(self, segment: Segment) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
         """Query, key, value (each ``[B, heads, N, head_dim]``) of a segment, and its modulation vectors."""
         modulation = self._modulation(segment)
-        x = modulate(self._norm(segment.tokens), modulation[0], modulation[1])
+        x = self._norm(segment.tokens, modulation[0], modulation[1])
         return self.attn.project(segment.stream, x), modulation
 
     def image_attention(self, segments: list[Segment], modulations: list[list[Tensor]]) -> list[Tensor | None]:
@@ -238,7 +258,7 @@ class JointBlock(nn.Module):
         found: list[Tensor | None] = [None] * len(segments)
         if self.attn2 is None or not pictures:
             return found
-        tokens = [modulate(self._norm(segments[i].tokens), modulations[i][6], modulations[i][7]) for i in pictures]
+        tokens = [self._norm(segments[i].tokens, modulations[i][6], modulations[i][7]) for i in pictures]
         lengths = [segments[index].tokens.shape[1] for index in pictures]
         for index, piece in zip(pictures, self.attn2(torch.cat(tokens, dim=1)).split(lengths, dim=1), strict=True):
             found[index] = piece
@@ -253,7 +273,7 @@ class JointBlock(nn.Module):
         if second is not None:
             x = torch.addcmul(x, second, modulation[8])
         feed_forward = self.ff if segment.stream == "image" else self.ff_context
-        x = torch.addcmul(x, feed_forward(modulate(self._norm(x), shift, scale)), gate_mlp)
+        x = torch.addcmul(x, feed_forward(self._norm(x, shift, scale)), gate_mlp)
         return Segment(segment.stream, x, segment.embedding, segment.shared)
 
     def forward(

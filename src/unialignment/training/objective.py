@@ -199,7 +199,7 @@ class Objective(nn.Module):
         return ObjectiveOutput(total, logs)
 
     def batch_loss(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, TransformerOutput]:
-        """Per-sample diffusion loss ``[B]`` of one batch, and the features of the pass (of each sample's first draw)."""
+        """Per-sample diffusion loss ``[B]`` of one batch, and the features of each sample's first draw."""
         draws = self.settings.draws
         target, sources = self._latents(batch)
         prompt = self.text_embedder.embed(batch.prompt_ids, batch.prompt_mask)
