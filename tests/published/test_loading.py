@@ -201,6 +201,15 @@ def test_stored_padding_and_truncation_are_undone(folder: Path) -> None:
     assert load_t5_tokenizer(folder / "tokenizer").encode(["a red dog on a cat"])[0].shape == (1, 7)
 
 
+def test_tokenizers_without_sentinels(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace("<extra_id_", "<other_"))
+    assert load_t5_tokenizer(folder / "tokenizer", 130).mask_token_id == 124
+    refused(folder, "no <extra_id_0>, the mask")
+    change(folder / "tokenizer" / "tokenizer_config.json", mask_token="<other_2>")
+    assert load_t5_tokenizer(folder / "tokenizer").mask_token_id == 121
+
+
 # -------------------------------------------------------------------------------------------------------- what is wrong
 
 

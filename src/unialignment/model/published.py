@@ -307,8 +307,8 @@ def load_t5_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Text
 
     Args:
         folder: In ``transformers``' layout.
-        vocab_size: Of the transformer's text head. A tokenizer without sentinels has its mask one past its last token,
-            where the head has room for it.
+        vocab_size: Of the transformer's text head. A tokenizer without sentinels or a mask token of its own has its mask
+            one past its last token, where the head has room for it.
 
     Raises:
         CheckpointError: It is missing, damaged, or has no padding token or no mask.
@@ -337,6 +337,8 @@ def load_t5_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Text
 
     pad, end, mask = token_id("pad_token", "<pad>"), token_id("eos_token", "</s>"), backend.token_to_id("<extra_id_0>")
     size = backend.get_vocab_size(with_added_tokens=True)
+    if mask is None and config.get("mask_token"):
+        mask = token_id("mask_token", "")
     if mask is None and vocab_size is not None and vocab_size > size:
         mask = size
     if pad is None or mask is None:
