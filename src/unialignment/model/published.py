@@ -307,7 +307,7 @@ def load_t5_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Text
 
     Args:
         folder: In ``transformers``' layout.
-        vocab_size: Of the transformer's text head. A tokenizer without sentinels or a mask token of its own has its mask
+        vocab_size: Of the transformer's text head. A tokenizer without sentinels or mask token has its mask
             one past its last token, where the head has room for it.
 
     Raises:
