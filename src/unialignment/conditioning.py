@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from unialignment.diffusion.guidance import Branch
-from unialignment.model.transformer import ConditionCache, UniAlignmentTransformer
+from unialignment.model.cache import ConditionCache
+from unialignment.model.transformer import UniAlignmentTransformer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from unialignment.errors import ConfigError, InputError
-from unialignment.model.transformer import ConditionCache, UniAlignmentTransformer
+from unialignment.model.cache import ConditionCache
+from unialignment.model.transformer import UniAlignmentTransformer
 
 SIZES = {
     "sample_size": 8,

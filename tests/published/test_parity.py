@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import unialignment
+from unialignment.model.cache import TransformerOutput
 from unialignment.model.published import load_transformer
-from unialignment.model.transformer import TransformerOutput, UniAlignmentTransformer
+from unialignment.model.transformer import UniAlignmentTransformer
 
 NAMES = ("velocity", "text_logits", "image_features", "text_features")
 

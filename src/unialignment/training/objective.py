@@ -19,8 +19,9 @@ from unialignment.alignment.losses import contrastive_loss, intrinsic_loss
 from unialignment.alignment.projectors import AlignmentProjector
 from unialignment.diffusion import FlowPath, MaskedPath
 from unialignment.errors import ConfigError
+from unialignment.model.cache import TransformerOutput
 from unialignment.model.tokenizer import encode_conditions
-from unialignment.model.transformer import TransformerOutput, UniAlignmentTransformer
+from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.training.batching import Batch
 
 
