@@ -114,6 +114,7 @@ def test_frozen_weights_in_bfloat16(config, silent: Console) -> None:
     assert {dtype for name, dtype in types.items() if "lora" not in name} == {torch.bfloat16}
     logs = trainer.step([trainer.source()(0)])
     assert torch.isfinite(logs["loss/total"]) and float(logs["gradient_norm"]) > 0
+    assert trainer.validate()["task/generate"] > 0
 
 
 def test_activation_checkpointing_changes_no_gradient(config, silent: Console) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from unialignment.errors import CheckpointError, InputError, StorageError
 from unialignment.model.checkpoints import check_names_and_shapes, name_list, read_json
 from unialignment.model.folders import CHECKSUMS_NAME, INDEX_NAME, verify_checksums
 from unialignment.model.layouts import folder_layout
-from unialignment.model.lora import LoraReport, read_lora
+from unialignment.model.lora import LoraPair, LoraReport, read_lora
 from unialignment.model.published import (
     PROMPT_LENGTH,
     PUBLISHED_CLASS,
@@ -63,7 +64,7 @@ _PUBLISHED_CLASSES = {
 }
 _PUBLISHED_ARITHMETIC = {
     **{"attention_mode": "joint", "modulation": "block", "prediction": "velocity", "activation": "gelu"},
-    **{"mlp_ratio": 4.0, "embedding_dim": 0},
+    **{"mlp_ratio": 4.0, "embedding_dim": 0, "aligned_source": False},
 }
 _KEPT = "published"
 """Subfolder of our layout for what only the published one has."""
@@ -148,7 +149,7 @@ def merge_folder(
     entries = read_entries(model / "transformer")
     for layer, pair in pairs.items():
         name = f"{layer}.weight"
-        entries[name] = replaced(entries[name], lambda weight, pair=pair: weight.float() + pair.delta(scale))
+        entries[name] = replaced(entries[name], partial(_added, pair=pair, scale=scale))
     with _writing(model, Path(destination)) as writer:
         for file in sorted(model.rglob("*")):
             name = file.relative_to(model).as_posix()
@@ -196,6 +197,10 @@ def _manifest(writer: FolderWriter, facts: Mapping[str, Any]) -> None:
     if checksums:
         writer.json(CHECKSUMS_NAME, checksums)
     writer.json(MANIFEST_NAME, {"unialignment": __version__, **facts, "files": dict(sorted(writer.files.items()))})
+
+
+def _added(weight: torch.Tensor, pair: LoraPair, scale: float) -> torch.Tensor:
+    return weight.float() + pair.delta(scale)
 
 
 def _component_layout(folder: Path) -> str:

@@ -310,7 +310,10 @@ class Trainer:
         self.objective.eval()
         scores: dict[str, float] = {}
         # Shapes here differ from training's: compiling them would cost minutes for a few passes.
-        with self.ema.applied(), torch.compiler.set_stance("force_eager"):
+        # Frozen weights in bfloat16 beside float32 inputs need autocast here too.
+        low = self.config.lora.rank and self.config.lora.base_precision == "bf16"
+        precision = autocast(self.device, "bf16" if low else "fp32")
+        with self.ema.applied(), torch.compiler.set_stance("force_eager"), precision:
             for task, samples in self.held_out.items():
                 batches = [move(batch, self.device) for batch in collate(samples, self.tokenizer)]
                 generator = torch.Generator().manual_seed(0)

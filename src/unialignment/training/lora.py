@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unialignment.errors import CheckpointError
 from unialignment.model.lora import add_lora, save_lora
+from unialignment.model.text import TokenEmbedder
 from unialignment.training.config import LoraSection
 
 
@@ -26,6 +27,8 @@ def prepare(transformer: Any, embedder: nn.Module, options: LoraSection) -> tupl
     if options.base_precision == "bf16":
         # Not `transformer.to`: diffusers' warns of float32 modules even where there are none.
         nn.Module.to(transformer, torch.bfloat16)
+        if not isinstance(embedder, TokenEmbedder):  # a T5 encoder, larger than the model itself
+            nn.Module.to(embedder, torch.bfloat16)
     layers = add_lora(transformer, options.rank, options.alpha, options.targets)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
