@@ -41,7 +41,7 @@ _EDGES = (
     "trace the contours",
 )
 _FOREGROUND = ("all objects", "everything but the background", "the foreground")
-_CONTROL = {
+_CONTROL: dict[str, tuple[str, ...]] = {
     "segment": (
         "mask of {target}: {caption}",
         "{caption}, with {target} as in this mask",
