@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unialignment.errors import CheckpointError, ConfigError, InputError
-from unialignment.model.checkpoints import open_weights, name_list
+from unialignment.model.checkpoints import name_list, open_weights
 from unialignment.storage import storage_error
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
