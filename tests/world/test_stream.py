@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -15,6 +16,7 @@ from unialignment.world import language as lang
 from unialignment.world.presets import preset
 from unialignment.world.questions import is_correct
 from unialignment.world.splits import is_held_out
+from unialignment.world.sprites import SpritePack
 from unialignment.world.stream import TASKS, WorldStream, all_language
 
 
@@ -195,3 +197,11 @@ def test_unusable_arguments(stream, pack, nano) -> None:
         stream.sample("edit", -1)
     with pytest.raises(InputError, match="unknown split"):
         WorldStream(pack, nano, "test", 0)
+
+
+def test_held_out_edits_exist_where_no_style_is_held_out(pack: SpritePack) -> None:
+    """A pack of one drawing style (the route without Node) has no held-out scene of a single object."""
+    one_style = replace(preset("nano", pack), styles=("openmoji",))
+    stream = WorldStream(pack, one_style, "held_out", 0)
+    scenes = [stream.sample("edit", index).meta["scene"] for index in range(40)]
+    assert all(is_held_out(scene) for scene in scenes)

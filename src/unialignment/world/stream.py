@@ -6,6 +6,7 @@ Puts together what the other modules of the world know; knows nothing of models,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from unialignment.world.layout import Split, sample_scene
 from unialignment.world.presets import WorldPreset
 from unialignment.world.render import Renderer
 from unialignment.world.scene import Scene
+from unialignment.world.splits import is_held_out_style
 from unialignment.world.sprites import SpritePack
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -80,6 +82,12 @@ class WorldStream:
             "control": self._control,
             "compose": self._compose,
         }
+
+    @cached_property
+    def _lone(self) -> bool:
+        """Whether scenes of one object exist in the split; held-out ones don't where no drawing style is held out."""
+        pairs = ((name, style) for name in self.preset.names for style in self.preset.styles)
+        return self.split == "train" or any(is_held_out_style(name, style) for name, style in pairs)
 
     def sample(self, task: str, index: int) -> Sample:
         """The sample of a task at an index, always the same.
@@ -175,7 +183,7 @@ class WorldStream:
         while edit is None:
             # The edit itself brings the held-out combination in for half of those kinds that can.
             new = self.split == "held_out" and kind in ("replace", "add", "restyle") and rng.random() < 0.5
-            low, high = 2 if kind == "remove" else 1, most - 1 if kind == "add" else most
+            low, high = 2 if kind == "remove" or not (new or self._lone) else 1, most - 1 if kind == "add" else most
             count = low + int(rng.random() * (max(high, low) - low + 1))
             scene = sample_scene(rng, self.preset, "train" if new else self.split, count=count)
             edit = edits.try_edit(scene, rng, self.preset, self.split, clauses, kind)
