@@ -208,9 +208,7 @@ class LossSection(Section):
     per_token: bool = False
     published_projector: bool = False
     projector_dim: int = Field(512, ge=8)
-    draws: int = Field(
-        1, ge=1, description="Noise levels per target and step, sharing one encoding of its conditions."
-    )
+    draws: int = Field(1, ge=1, description="Noise levels per target and step, sharing one encoding of its conditions.")
 
 
 class FlowSection(Section):
