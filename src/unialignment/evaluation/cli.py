@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unialignment.errors import InputError
+from unialignment.evaluation import bench_cli
 
 if TYPE_CHECKING:
     from unialignment.world.layout import Split
 
-BENCHMARKS = ("semgen-world",)
+BENCHMARKS = ("semgen-world", "semgen-bench")
+WORLD_LIMIT = 200
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``unialign eval``."""
     parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS, default=BENCHMARKS[0], help="what to run")
     _add_shared(parser)
-    parser.add_argument("--limit", type=int, default=200, help="items per task (default: 200)")
+    parser.add_argument("--limit", type=int, help="items per task or group (default: 200; semgen-bench: all)")
     parser.add_argument("--tasks", help="comma-separated tasks (default: all)")
     parser.add_argument("--split", default="held_out", choices=("held_out", "train"), help="which scenes")
     parser.add_argument("--preset", default="nano", help="world preset (default: nano)")
@@ -35,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps for pictures (default: each task's own)")
     parser.add_argument("--guidance-scale", type=float, help="guidance for pictures (default: each task's own)")
     parser.add_argument("--no-references", action="store_true", help="leave out ceilings and floors")
-    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    parser.add_argument("--out", type=Path, help="write the JSON here too; semgen-bench: folder of the run")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench_cli.add_arguments(parser)
 
 
 def add_card_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: an unusable argument.
     """
+    if args.benchmark == "semgen-bench":
+        return bench_cli.run(args)
+    if args.limit is None:
+        args.limit = WORLD_LIMIT
     import unialignment
     from unialignment.evaluation.card import kind_table, metric_table
     from unialignment.evaluation.judge import Judge

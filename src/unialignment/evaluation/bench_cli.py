@@ -1,0 +1,133 @@
+"""``unialign eval semgen-bench``: arguments, and the steps they stand for. Knows nothing of measuring."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from unialignment.errors import InputError
+
+STEPS = ("generate", "judge", "report")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what benchmarks over files take besides the arguments of ``unialign eval``."""
+    group = parser.add_argument_group("benchmarks over files (semgen-bench)")
+    group.add_argument("data", nargs="?", metavar="PATH", help="the benchmark's folder, zip file or hub id")
+    group.add_argument(
+        "--judge", action="append", default=[], help="openai:MODEL[@URL] or local:FOLDER; several may be given"
+    )
+    group.add_argument("--step", action="append", choices=STEPS, help="only this step; several may be given")
+    group.add_argument("--turns", choices=("one", "three"), default="one", help="how edit_multi is told (default: one)")
+    group.add_argument("--protocol", choices=("corrected", "published"), default="corrected", help="how it is judged")
+    group.add_argument("--prompts", type=Path, metavar="DIR", help="judge prompts in place of the packaged ones")
+    group.add_argument("--in-flight", type=int, default=4, metavar="N", help="requests at once (default: 4)")
+    group.add_argument("--max-requests", type=int, metavar="N", help="stop after N requests to each judge")
+    group.add_argument("--max-judge-tokens", type=int, metavar="N", help="stop after N tokens of each judge")
+    group.add_argument("--cache", type=Path, metavar="DIR", help="keep answers of endpoints here, across runs")
+    group.add_argument(
+        "--calibration", type=int, default=8, metavar="N", help="pictures for testing each judge; 0: none (default: 8)"
+    )
+    group.add_argument("--accept-versions", action="store_true", help="go on with records of other package versions")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the steps of SemGen-Bench.
+
+    Raises:
+        InputError: An unusable argument.
+    """
+    from unialignment.evaluation import calibration, harness, judges, models, scoring
+    from unialignment.evaluation.benchmarks import semgen_bench
+    from unialignment.evaluation.judges.prompts import PromptSet
+    from unialignment.evaluation.records import run_lock
+
+    if args.data is None:
+        raise InputError("semgen-bench needs its files: unialign eval semgen-bench PATH --out DIR")
+    if args.out is None:
+        raise InputError("semgen-bench needs a folder for its records: --out DIR")
+    steps = tuple(args.step or STEPS)
+    if "judge" in steps and not args.judge:
+        raise InputError("no judge: give --judge openai:MODEL@URL or local:FOLDER, or only --step generate")
+    benchmark = semgen_bench.load(args.data, turns=args.turns)
+    protocol, prompts = scoring.protocol(args.protocol), PromptSet(args.prompts)
+
+    def progress(step: str, done: int, total: int) -> None:
+        if done == total or done % 25 == 0:
+            print(f"{step}: {done} of {total}", file=sys.stderr, flush=True)
+
+    shared: dict[str, Any] = {"limit": args.limit, "accept_versions": args.accept_versions, "progress": progress}
+    with run_lock(args.out):
+        if "generate" in steps:
+            options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+            given = {name: value for name, value in options.items() if value is not None}
+            harness.generate(
+                args.out, benchmark, models.build(args.model, args.device, given), seed=args.seed, **shared
+            )
+        if "judge" in steps:
+            settings = judges.JudgeOptions(
+                in_flight=args.in_flight,
+                max_requests=args.max_requests,
+                max_tokens_total=args.max_judge_tokens,
+                cache=args.cache,
+            )
+            made = [judges.build(spec, settings, args.device) for spec in args.judge]
+            judges.names(made)
+            for one in made:
+                if args.calibration:
+                    calibration.calibrate(
+                        args.out, benchmark, one, prompts, protocol, args.calibration, args.accept_versions
+                    )
+                harness.judge(args.out, benchmark, one, prompts, protocol, **shared)
+        if "report" in steps:
+            return _report(args, benchmark)
+    return 0
+
+
+def _report(args: argparse.Namespace, benchmark: Any) -> int:
+    from unialignment.evaluation import calibration, harness
+    from unialignment.evaluation.records import read_identity
+
+    found = sorted((args.out / "judges").glob("*/judge.json"))
+    if not found:
+        raise InputError(f"nothing is judged in {args.out}; run the judge step first")
+    summary = harness.summarise(args.out, benchmark, [path.parent.name for path in found], args.limit)
+    summary["run"] = read_identity(args.out / "run.json")
+    summary["identities"] = {path.parent.name: read_identity(path) for path in found}
+    if len({identity["protocol"] for identity in summary["identities"].values()}) > 1:
+        raise InputError(f"the judges in {args.out} followed different protocols; use one folder for each")
+    summary["calibration"] = {path.parent.name: calibration.verdict(path.parent) for path in found}
+    path = harness.save_summary(args.out, summary)
+    print(json.dumps(summary, indent=2) if args.json else f"{table(summary)}\n\n{path}")
+    return 0
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Markdown: IC, PQ and O with intervals, for each judge and group, and what is missing."""
+    lines = ["| judge | group | IC | PQ | O | judged | failed |", "|---|---|---|---|---|---|---|"]
+    for name, judged in summary["judges"].items():
+        rows = dict(judged["groups"])
+        if "mean" in judged:
+            rows["mean of groups"] = judged["mean"]
+        for group, row in rows.items():
+            cells = [_cell(row.get(key)) for key in ("ic", "pq", "o")]
+            count = f"{row['judged']} of {row['items']}" if "items" in row else ""
+            failed = ", ".join(f"{n} {state}" for state, n in row.get("failed", {}).items())
+            lines.append(f"| {name} | {group} | {' | '.join(cells)} | {count} | {failed} |")
+    if len(summary["judges"]) > 1:
+        alphas = ", ".join(
+            f"{k.upper()} {'undefined' if a is None else f'{a:.2f}'}" for k, a in summary["agreement"].items()
+        )
+        lines += ["", f"Agreement of judges (Krippendorff's alpha, interval): {alphas}."]
+    for name, tested in summary.get("calibration", {}).items():
+        lines += ["", f"Judge {name}: {tested['verdict']}"]
+    if summary["shortened_prompts"]:
+        lines += ["", f"{summary['shortened_prompts']} prompts were longer than the model reads and were shortened."]
+    return "\n".join(lines)
+
+
+def _cell(values: list[float] | None) -> str:
+    return "–" if values is None else f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]"
