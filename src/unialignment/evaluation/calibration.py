@@ -3,8 +3,8 @@
 Right pictures are known for photographs without any model: the photograph itself for its own description, and for
 editing a transformation whose result is exact (grey, upside down, negative). Faults: the untouched source as an edit,
 another item's picture, noise, JPEG of quality 5. For each fault and each aspect that it spoils, the probability that
-the judge scores the right picture higher than the spoilt one (AUC, ties count half) says how well it tells them apart: 1 always,
-0.5 by chance. Knows nothing of any particular judge.
+the judge scores the right picture higher than the spoilt one (AUC, ties count half) says how well it tells them
+apart: 1 always, 0.5 by chance. Knows nothing of any particular judge.
 """
 
 from __future__ import annotations
