@@ -71,9 +71,7 @@ def run(pipe: Any, seed: int, report: Report) -> None:
         Panel(image, "", f"prompt: {prompt}\ncaption: {text}")
         for image, prompt, text in zip(drawn, PROMPTS, captions, strict=True)
     )
-    report.rows.append(
-        Row("generate, then caption", tuple(panels), "captions are written without knowing the prompt")
-    )
+    report.rows.append(Row("generate, then caption", tuple(panels), "captions are written without knowing the prompt"))
     answers = report.timed(
         "answer", lambda: pipe.answer([picture] * len(QUESTIONS), list(QUESTIONS), seed=seed, **quiet).texts
     )
