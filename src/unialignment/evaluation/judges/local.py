@@ -49,17 +49,19 @@ class LocalJudge:
             raise InputError(f"can't load the judge {name!r}: {reason[:200]}; give a folder or hub id") from error
         if getattr(self.processor, "chat_template", None) is None:
             raise InputError(f"the judge {name!r} has no chat template; use an instruction-tuned model")
+        parts: list[str | bytes] = [self.model.config.to_json_string(), str(self.processor.chat_template)]
+        for key, value in sorted(self.model.state_dict().items()):
+            parts += [key, value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()]
+        self.fingerprint = digest(*parts)[:16]
         self.model.to(self.device).eval()
         self._lock = threading.Lock()
 
     def identity(self) -> dict[str, Any]:
         """See :class:`~unialignment.evaluation.judges.Judge`."""
-        config = self.model.config.to_json_string()
-        files = [f"{p.name}:{p.stat().st_size}" for p in sorted(Path(self.model_name).glob("*.safetensors"))]
         return {
             "kind": "local",
             "model": self.model_name,
-            "fingerprint": digest(config, *files)[:16],
+            "fingerprint": self.fingerprint,
             "dtype": self.dtype,
             "answer_tokens": self.options.answer_tokens,
         }
@@ -70,7 +72,8 @@ class LocalJudge:
 
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         content.append({"type": "text", "text": prompt})
-        with self._lock, torch.inference_mode():
+        cuda = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
+        with self._lock, torch.inference_mode(), torch.random.fork_rng(devices=cuda):
             inputs = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}],
                 add_generation_prompt=True,
