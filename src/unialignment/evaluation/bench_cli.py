@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("benchmarks over files (semgen-bench)")
     group.add_argument("data", nargs="?", metavar="PATH", help="the benchmark's folder, zip file or hub id")
     group.add_argument(
-        "--judge", action="append", default=[], help="openai:MODEL[@URL] or local:FOLDER; several may be given"
+        "--judge",
+        action="append",
+        default=[],
+        help="[LABEL=]openai:MODEL[@URL] or [LABEL=]local:FOLDER; several may be given",
     )
     group.add_argument("--step", action="append", choices=STEPS, help="only this step; several may be given")
     group.add_argument("--turns", choices=("one", "three"), default="one", help="how edit_multi is told (default: one)")

@@ -7,7 +7,6 @@ checksum of the picture that was judged. Knows nothing of any particular benchma
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,7 +19,7 @@ from PIL import Image
 from unialignment.errors import InputError
 from unialignment.evaluation.agreement import krippendorff_alpha
 from unialignment.evaluation.benchmarks import Benchmark, Item
-from unialignment.evaluation.judges import Judge, JudgeRejected
+from unialignment.evaluation.judges import Judge, JudgeRejected, folder_name
 from unialignment.evaluation.judges.prompts import PromptSet, Question
 from unialignment.evaluation.metrics import estimate
 from unialignment.evaluation.records import RecordLog, claim, versions
@@ -119,7 +118,7 @@ def _is_drawn(folder: Path, record: dict[str, Any] | None) -> bool:
 
 def judge_folder(folder: Path, name: str) -> Path:
     """Where a judge's records are."""
-    return folder / "judges" / re.sub(r"[^\w.-]+", "-", name)
+    return folder / "judges" / folder_name(name)
 
 
 def judge(

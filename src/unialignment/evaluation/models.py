@@ -44,7 +44,10 @@ class PipelineModel:
 
     def identity(self) -> dict[str, Any]:
         """See :class:`~unialignment.evaluation.harness.Model`."""
-        return {"kind": "unialignment", "fingerprint": self.fingerprint, "settings": self.options}
+        from unialignment.model.autoencoder import WorldAutoencoder
+
+        world = "scenes" if isinstance(self.pipe.autoencoder, WorldAutoencoder) else "open"
+        return {"kind": "unialignment", "fingerprint": self.fingerprint, "settings": self.options, "world": world}
 
     def draw(self, item: Item, seed: int) -> tuple[Image.Image, dict[str, Any]]:
         """See :class:`~unialignment.evaluation.harness.Model`."""

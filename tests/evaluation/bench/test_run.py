@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,8 +26,10 @@ from PIL import Image
 from unialignment.cli import main
 from unialignment.errors import InputError
 from unialignment.evaluation import calibration
+from unialignment.evaluation.agreement import krippendorff_alpha
 from unialignment.evaluation.benchmarks.semgen_bench import INDEX, load
-from unialignment.evaluation.judges import Answer, JudgeOptions, JudgeRejected, JudgeUnavailable
+from unialignment.evaluation.harness import item_scores
+from unialignment.evaluation.judges import Answer, JudgeOptions, JudgeRejected, JudgeUnavailable, names
 from unialignment.evaluation.judges.endpoint import EndpointJudge
 from unialignment.evaluation.judges.prompts import PromptSet
 from unialignment.evaluation.scoring import PROTOCOLS
@@ -43,6 +47,8 @@ class Server(ThreadingHTTPServer):
         self.seen: list[str] = []
         self.fail: list[int] = []
         self.delay = 0.0
+        self.bias = 1
+        self.headers: dict[str, str] = {}
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -57,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             status, data = server.fail.pop(0), {"error": {"message": "try later"}}
         else:
             content = json.loads(body)["messages"][0]["content"]
-            score = sum(content[0]["text"].encode()) % 8 + 1
+            score = sum(content[0]["text"].encode()) % 8 + server.bias
             for part in content[1:]:
                 Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))).verify()
             message = {"role": "assistant", "content": f'```json\n{{"score": [{score}, {score + 1}]}}\n```'}
@@ -74,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
             }
         sent = json.dumps(data).encode()
         self.send_response(status)
+        for name, value in server.headers.items() if status != 200 else ():
+            self.send_header(name, value)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(sent)))
         self.end_headers()
@@ -83,15 +91,26 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+@contextlib.contextmanager
+def serving() -> Iterator[Server]:
     one = Server()
-    thread = threading.Thread(target=one.serve_forever, daemon=True)
-    thread.start()
+    threading.Thread(target=one.serve_forever, daemon=True).start()
     yield one
     one.shutdown()
     one.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with serving() as one:
+        yield one
+
+
+@pytest.fixture
+def second() -> Iterator[Server]:
+    with serving() as one:
+        yield one
 
 
 @pytest.fixture
@@ -186,6 +205,63 @@ def test_failures_are_retried_and_budgets_kept(server: Server, tmp_path: Path) -
         judge.ask("q", [], 0)
     with pytest.raises(JudgeUnavailable, match="budget"):
         judge.ask("q", [], 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [
+        ("7", 7, 7),
+        ("3600", 60, 60),
+        ("0", 0.25, 0.75),
+        (lambda: formatdate(time.time() + 20, usegmt=True), 15, 20),
+        (lambda: formatdate(time.time() - 20, usegmt=True), 0.25, 0.75),
+        ("soon", 0.25, 0.75),
+        ("nan", 0.25, 0.75),
+    ],
+)
+def test_the_endpoint_says_when_to_come_back(value, low: float, high: float, server: Server) -> None:
+    waits: list[float] = []
+    judge = EndpointJudge("test", server.url, JudgeOptions(retries=1, backoff=0.5), sleep=waits.append)
+    server.fail, server.headers = [429], {"Retry-After": value if isinstance(value, str) else value()}
+    assert "score" in judge.ask("p", [], 0).text
+    assert len(waits) == 1 and low <= waits[0] <= high
+
+
+def test_several_judges_and_how_far_they_agree(
+    data: Path, tmp_path: Path, server: Server, second: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    second.bias = 0
+    shared = ["eval", "semgen-bench", str(data), "--out", str(out), "--model", "photograph", "--calibration", "0"]
+    alike = [*shared, "--judge", f"openai:test@{server.url}", "--judge", f"openai:test@{second.url}"]
+    assert main(alike) == 2
+    assert "give one a label" in capsys.readouterr().err and not server.seen
+    args = [*shared, "--judge", f"a=openai:test@{server.url}", "--judge", f"b=openai:test@{second.url}"]
+    assert main([*args, "--limit", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert main(args) == 0
+    assert len(server.seen) == len(second.seen) == 4 * ROWS * 2
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["judges"]) == ["a", "b"] and "| a | edit_multi |" in shown and "alpha" in shown
+    assert results["identities"]["a"]["judge"]["url"] == server.url
+    assert results["identities"]["b"]["judge"]["url"] == second.url
+    scores = {name: item_scores(out, load(data).items, name) for name in ("a", "b")}
+    for key in ("ic", "pq", "o"):
+        pairs = [[scores[name][item][key] for name in ("a", "b")] for item in scores["a"]]
+        assert results["agreement"][key] == krippendorff_alpha(pairs)
+    assert all(scores["a"][item]["ic"] - scores["b"][item]["ic"] == 1 for item in scores["a"])
+    swapped = [*shared, "--judge", f"b=openai:test@{server.url}", "--judge", f"a=openai:test@{second.url}"]
+    assert main(swapped) == 2
+    assert "judge.url" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pair", [("openai:x y", "openai:x-y"), ("A", "a"), ("openai:x", "openai:x")])
+def test_judges_whose_records_would_mix_are_refused(pair: tuple[str, str]) -> None:
+    made = [Scripted(str) for _ in pair]
+    for judge, name in zip(made, pair, strict=True):
+        judge.name = name
+    with pytest.raises(InputError, match="called alike"):
+        names(made)
 
 
 class Scripted:

@@ -1,6 +1,7 @@
 """Judges: anything that looks at pictures and answers a text. Knows nothing of benchmarks or scores.
 
-A judge is named ``openai:MODEL``, ``openai:MODEL@http://host:port/v1`` or ``local:FOLDER-OR-HUB-ID``.
+A judge is named ``openai:MODEL``, ``openai:MODEL@http://host:port/v1`` or ``local:FOLDER-OR-HUB-ID``; ``LABEL=`` before
+that gives it a name of its own, which tells two endpoints with a model of the same name apart.
 """
 
 from __future__ import annotations
@@ -105,6 +106,10 @@ def build(spec: str, options: JudgeOptions | None = None, device: str | None = N
         InputError: The name is of no known form, or a needed package is missing.
     """
     options = options or JudgeOptions()
+    if match := re.fullmatch(r"([\w.-]+)=((?:openai|local):.+)", spec):
+        labelled = build(match.group(2), options, device)
+        labelled.name = match.group(1)
+        return labelled
     kind, _, rest = spec.partition(":")
     if kind == "openai" and rest:
         from unialignment.evaluation.judges.endpoint import EndpointJudge
@@ -120,13 +125,23 @@ def build(spec: str, options: JudgeOptions | None = None, device: str | None = N
     raise InputError(f"unknown judge {spec!r}; expected openai:MODEL, openai:MODEL@http://host/v1 or local:FOLDER")
 
 
+def folder_name(name: str) -> str:
+    """A judge's name as a file system takes it."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
 def names(judges: Sequence[Judge]) -> list[str]:
     """Names of judges.
 
     Raises:
-        InputError: Two are the same.
+        InputError: The records of two would be in the same folder.
     """
     found = [judge.name for judge in judges]
-    if len(set(found)) != len(found):
-        raise InputError(f"judges must differ, got {', '.join(found)}")
+    taken: dict[str, str] = {}
+    for name in found:
+        if other := taken.get(folder_name(name).casefold()):
+            raise InputError(
+                f"two judges would be called alike ({other}, {name}); give one a label: --judge LABEL=openai:MODEL@URL"
+            )
+        taken[folder_name(name).casefold()] = name
     return found

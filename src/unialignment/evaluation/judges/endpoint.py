@@ -9,11 +9,13 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -176,10 +178,14 @@ def _reason(error: BaseException) -> str:
 
 
 def _retry_after(error: Any) -> float | None:
-    try:
-        return max(0.0, float(error.response.headers.get("retry-after")))
-    except (TypeError, ValueError, AttributeError):
-        return None
+    """Seconds that the endpoint asks to wait: a number or, as HTTP allows, a date."""
+    text = str(getattr(error.response, "headers", {}).get("retry-after") or "")
+    with contextlib.suppress(ValueError, OverflowError):
+        wait = float(text)
+        return max(0.0, wait) if math.isfinite(wait) else None
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    return None
 
 
 def _png(image: Image.Image) -> bytes:
