@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration", type=int, default=8, metavar="N", help="pictures for testing each judge; 0: none (default: 8)"
     )
+    group.add_argument(
+        "--compare", action="append", default=[], type=Path, metavar="DIR", help="another run in the same report"
+    )
     group.add_argument("--accept-versions", action="store_true", help="go on with records of other package versions")
 
 
@@ -52,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("semgen-bench needs its files: unialign eval semgen-bench PATH --out DIR")
     if args.out is None:
         raise InputError("semgen-bench needs a folder for its records: --out DIR")
+    folders = [folder.resolve() for folder in (args.out, *args.compare)]
+    if len(set(folders)) < len(folders):
+        raise InputError("--compare needs runs other than --out, each named once")
     steps = tuple(args.step or STEPS)
     if "judge" in steps and not args.judge:
         raise InputError("no judge: give --judge openai:MODEL@URL or local:FOLDER, or only --step generate")
@@ -91,8 +98,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, benchmark: Any) -> int:
-    from unialignment.evaluation import calibration, harness
-    from unialignment.evaluation.records import read_identity
+    from unialignment.evaluation import calibration, harness, report
+    from unialignment.evaluation.records import read_identity, run_lock
+    from unialignment.storage import atomic_file
 
     found = sorted((args.out / "judges").glob("*/judge.json"))
     if not found:
@@ -104,7 +112,15 @@ def _report(args: argparse.Namespace, benchmark: Any) -> int:
         raise InputError(f"the judges in {args.out} followed different protocols; use one folder for each")
     summary["calibration"] = {path.parent.name: calibration.verdict(path.parent) for path in found}
     path = harness.save_summary(args.out, summary)
-    print(json.dumps(summary, indent=2) if args.json else f"{table(summary)}\n\n{path}")
+    with contextlib.ExitStack() as stack:
+        for folder in args.compare:
+            if folder.is_dir():  # reading records repairs them, which must not happen under a run of its own
+                stack.enter_context(run_lock(folder))
+        runs = report.read_runs([args.out, *args.compare])
+        page = report.write_html(args.out / "report.html", runs, benchmark, args.limit)
+    with atomic_file(args.out / "table.tex") as file:
+        file.write(report.latex(runs).encode())
+    print(json.dumps(summary, indent=2) if args.json else f"{table(summary)}\n\n{path}\n{page}")
     return 0
 
 
@@ -127,6 +143,8 @@ def table(summary: dict[str, Any]) -> str:
         lines += ["", f"Agreement of judges (Krippendorff's alpha, interval): {alphas}."]
     for name, tested in summary.get("calibration", {}).items():
         lines += ["", f"Judge {name}: {tested['verdict']}"]
+    if summary.get("run", {}).get("model", {}).get("world") == "scenes":
+        lines += ["", "The model's world is drawn scenes of emoji: photographs are outside it."]
     if summary["shortened_prompts"]:
         lines += ["", f"{summary['shortened_prompts']} prompts were longer than the model reads and were shortened."]
     return "\n".join(lines)

@@ -250,6 +250,15 @@ def test_several_judges_and_how_far_they_agree(
         pairs = [[scores[name][item][key] for name in ("a", "b")] for item in scores["a"]]
         assert results["agreement"][key] == krippendorff_alpha(pairs)
     assert all(scores["a"][item]["ic"] - scores["b"][item]["ic"] == 1 for item in scores["a"])
+    page = (out / "report.html").read_text()
+    assert "alpha" in page and "a, edit_multi" in page and "b, edit_multi" in page
+    assert (out / "table.tex").read_text().count("edit\\_multi") == 2
+    other = ["--out", str(tmp_path / "other"), "--judge", f"a=openai:test@{server.url}", "--compare", str(out)]
+    assert main([*shared, *other]) == 0
+    assert "other, a, edit_multi" in (page := (tmp_path / "other" / "report.html").read_text())
+    assert "run, b, edit_multi" in page
+    assert main([*args, "--compare", str(out)]) == 2
+    assert "runs other than --out" in capsys.readouterr().err
     swapped = [*shared, "--judge", f"b=openai:test@{server.url}", "--judge", f"a=openai:test@{second.url}"]
     assert main(swapped) == 2
     assert "judge.url" in capsys.readouterr().err
