@@ -125,19 +125,20 @@ def latex(runs: Sequence[Run]) -> str:
         lines.append(r"\midrule")
         for group, row in rows.items():
             cells = ["--" if (v := row.get(key)) is None else f"{v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for key in KEYS]
-            lines.append(" & ".join([*map(_tex, (run.label, judge, group)), *(f"${{{c}}}$" for c in cells)]) + r" \\")
+            lines.append(" & ".join([*map(_tex, (run.label, judge, group)), *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     for run in runs:
         lines += [f"% {run.label!r}: {note!r}" for note in notes(run)]
     return "\n".join(lines) + "\n"
 
 
-_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "[": "{[}", "*": "{*}"}
+"""The last two would be read as arguments of the row end before them."""
 
 
 def _tex(text: str) -> str:
     text = re.sub(r"\s+", " ", text)
-    return re.sub(r"[\\~^&%$#_{}]", lambda match: _TEX.get(match.group(), "\\" + match.group()), text)
+    return re.sub(r"[\\~^&%$#_{}\[*]", lambda match: _TEX.get(match.group(), "\\" + match.group()), text)
 
 
 def _rows(runs: Sequence[Run]) -> list[tuple[Run, str, dict[str, Any]]]:
@@ -173,7 +174,7 @@ def _chart(runs: Sequence[Run], groups: Sequence[str]) -> str:
     """Bars of O with interval whiskers, one colour for each run and judge."""
     series = _rows(runs)
     bar, gap, height, left = 18, 26, 220, 34
-    step = bar * len(series) + gap
+    step = max(96, bar * len(series) + gap)  # a group's name has to fit under its bars
     width = left + step * len(groups)
     parts = [f'<svg viewBox="0 0 {width} {height + 50}" style="max-width:{max(width, 480)}px" role="img">']
     parts.append("<title>O by group with 95 % intervals</title>")

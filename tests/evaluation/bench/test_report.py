@@ -158,9 +158,9 @@ def test_runs_of_one_name_are_told_apart(runs: list[Run]) -> None:
 
 
 def test_latex_is_escaped(runs: list[Run]) -> None:
-    odd = Run("50%_of $x$ & {\\y}\n\\input{z}", runs[0].folder, runs[0].summary)
+    odd = Run("[1]* 50%_of $x$ & {\\y}\n\\input{z}", runs[0].folder, runs[0].summary)
     table = latex([odd])
-    assert r"50\%\_of \$x\$ \& \{\textbackslash{}y\} \textbackslash{}input\{z\} & critic & generate & $" in table
+    assert r"{[}1]{*} 50\%\_of \$x\$ \& \{\textbackslash{}y\} \textbackslash{}input\{z\} & critic & " in table
     body = [line for line in table.splitlines() if not line.startswith(("%", "\\"))]
     assert len(body) == 4 and all(line.endswith(r"\\") for line in body[1:])
     assert len(re.findall(r"(?<!\\)&", body[1])) == 5
