@@ -34,7 +34,7 @@ def test_models_are_found_by_path_and_missing_ones_explained(tmp_path: Path):
         (tmp_path / "file", "is a file"),
         ("nanno", "no model 'nanno'"),
         ("", "empty"),
-        ("../../x", "no model"),
+        ("../../no-such-model-folder", "no model"),
         ("nobody/no-such-model", "network"),
     ]:
         with pytest.raises(CheckpointError, match=words) as caught:
