@@ -201,7 +201,7 @@ class Objective(nn.Module):
 
     def batch_loss(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, TransformerOutput]:
         """Per-sample diffusion loss ``[B]`` of one batch, and the features of each sample's first draw."""
-        draws = self.settings.draws
+        draws = self._draws(batch)
         target, sources = self._latents(batch)
         prompt = self.text_embedder.embed(batch.prompt_ids, batch.prompt_mask)
         rows = torch.arange(len(batch)).repeat_interleave(draws)
@@ -223,6 +223,10 @@ class Objective(nn.Module):
         prediction = output.velocity if batch.target == "image" else output.text_logits
         assert prediction is not None
         return process.loss(prediction, path).view(len(batch), draws).mean(1), output
+
+    def _draws(self, batch: Batch) -> int:
+        # Sharing pays where the conditions are dear; without a source another prompt teaches more than another draw.
+        return self.settings.draws if batch.sources else 1
 
     def _denoise(
         self,
@@ -255,7 +259,7 @@ class Objective(nn.Module):
         )
         shared = cache if len(rows) == len(batch) else cache.select(rows.to(prompt.device))
         output = self.transformer.denoise(shared, **noised, timestep=timestep, feature_layer=layer)
-        first = slice(None, None, self.settings.draws)
+        first = slice(None, None, self._draws(batch))
         own, other = ("image", "text") if image_target else ("text", "image")
         for name in (f"{own}_features", f"mid_{own}_features"):
             value = getattr(output, name)
