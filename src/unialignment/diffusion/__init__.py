@@ -1,11 +1,11 @@
 """The two diffusion processes, their solvers and decoders. Nothing here knows of networks, tasks or files."""
 
 from unialignment.diffusion.base import DiffusionPath, PathSample, seeded_normal
-from unialignment.diffusion.decoding import TextDecoding, decode
+from unialignment.diffusion.decoding import TextDecoding, decode, decoding_steps
 from unialignment.diffusion.flow import FlowPath, shift_sigma
 from unialignment.diffusion.guidance import Guidance
 from unialignment.diffusion.masked import MaskedPath
-from unialignment.diffusion.solvers import sigma_schedule, solve, solve_with_scheduler
+from unialignment.diffusion.solvers import sigma_schedule, solve, solve_with_scheduler, solver_steps
 
 __all__ = [
     "DiffusionPath",
@@ -15,9 +15,11 @@ __all__ = [
     "PathSample",
     "TextDecoding",
     "decode",
+    "decoding_steps",
     "seeded_normal",
     "shift_sigma",
     "sigma_schedule",
     "solve",
     "solve_with_scheduler",
+    "solver_steps",
 ]

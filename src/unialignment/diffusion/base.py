@@ -5,9 +5,9 @@ Knows nothing of networks: predictions come in as tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,3 +56,15 @@ def seeded_normal(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     Always drawn on the CPU in float32, so that a seed means the same picture on every device.
     """
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+
+def drive(steps: Generator[tuple[Any, ...], Tensor, Tensor], answer: Callable[..., Tensor]) -> Tensor:
+    """Run a solver or decoder that yields what it asks for, answering each request at once; returns its result."""
+    reply = None
+    while True:
+        try:
+            asked = steps.send(reply)  # type: ignore[arg-type]  # the first reply must be None
+        except StopIteration as end:
+            result: Tensor = end.value
+            return result
+        reply = answer(*asked)

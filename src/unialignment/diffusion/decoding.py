@@ -5,12 +5,13 @@ Knows nothing of networks or tokenizers: logits are a function of token ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from unialignment.diffusion.base import drive
 from unialignment.diffusion.masked import MaskedPath
 from unialignment.errors import InputError
 
@@ -73,6 +74,21 @@ def decode(
     Returns:
         ``[B, L]`` without masks.
     """
+    return drive(decoding_steps(ids, path, settings, seeds, end_id, callback), logits)
+
+
+def decoding_steps(
+    ids: Tensor,
+    path: MaskedPath,
+    settings: TextDecoding,
+    seeds: Sequence[int],
+    end_id: int | None = None,
+    callback: TextCallback | None = None,
+) -> Generator[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """:func:`decode` turned inside out: yields ``(ids, open positions)``, is sent the logits there, returns the ids.
+
+    Whoever drives several of these can evaluate what they ask for in one pass, at different steps.
+    """
     ids = ids.clone()
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     writable = ids == path.mask_id
@@ -90,9 +106,11 @@ def decode(
             chosen = masked & ((times >= threshold) | (step == settings.steps - 1))
             if not bool(chosen.any()):
                 continue
-            tokens, _ = _draw(path.subs(logits(ids, masked)), masked, settings, draws)
+            logits = yield ids, masked
+            tokens, _ = _draw(path.subs(logits), masked, settings, draws)
         else:
-            tokens, confidence = _draw(path.subs(logits(ids, masked)), masked, settings, draws)
+            logits = yield ids, masked
+            tokens, confidence = _draw(path.subs(logits), masked, settings, draws)
             remaining = masked.sum(1)
             quota = (remaining + settings.steps - step - 1) // (settings.steps - step)
             rank = confidence.masked_fill(~masked, -1.0).argsort(dim=1, descending=True).argsort(dim=1)

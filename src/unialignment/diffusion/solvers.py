@@ -5,13 +5,14 @@ Know nothing of networks or guidance: the velocity is a function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unialignment.diffusion.base import drive
 from unialignment.diffusion.flow import shift_sigma
 from unialignment.errors import InputError
 
@@ -55,14 +56,28 @@ def solve(
     Raises:
         InputError: unknown solver.
     """
+    return drive(solver_steps(noise, sigmas, solver, callback), velocity)
+
+
+def solver_steps(
+    noise: Tensor, sigmas: list[float], solver: str = "euler", callback: StepCallback | None = None
+) -> Generator[tuple[Tensor, float], Tensor, Tensor]:
+    """:func:`solve` turned inside out: yields ``(x, σ)``, is sent the velocity there, and returns the solution.
+
+    Whoever drives several of these can evaluate what they ask for in one pass, at different noise levels.
+
+    Raises:
+        InputError: unknown solver.
+    """
     if solver not in SOLVERS:
         raise InputError(f"solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}.")
     x = noise
     for step, (here, there) in enumerate(pairwise(sigmas)):
-        slope = velocity(x, here)
+        slope = yield x, here
         following = x + (there - here) * slope
         if solver == "heun" and there > 0:
-            following = x + (there - here) * 0.5 * (slope + velocity(following, there))
+            second = yield following, there
+            following = x + (there - here) * 0.5 * (slope + second)
         x = following
         if callback is not None:
             replacement = callback(step, there, x)
