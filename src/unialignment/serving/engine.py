@@ -1,4 +1,4 @@
-"""The engine: every request of a server goes through one queue and one thread that runs the model.
+"""The engine: all requests of a server go through one queue and one thread, which batches them step by step.
 
 >>> engine = Engine(unialignment.load("nano"))                                             # doctest: +SKIP
 >>> handle = engine.submit(TaskRequest("generate", "a dog", options={"seed": 1}))          # doctest: +SKIP
@@ -9,17 +9,20 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from unialignment.errors import InputError
 from unialignment.serving.handle import Handle
+from unialignment.serving.jobs import EmbedJob, Job
+from unialignment.serving.memory import free_bytes
+from unialignment.serving.plans import EmbedPlan, Plan, make_plan
 from unialignment.serving.requests import (
-    REFUSED_OPTIONS,
     DeadlineError,
     Done,
     EmbedRequest,
@@ -36,6 +39,7 @@ from unialignment.serving.requests import (
     TaskRequest,
     TextSoFar,
 )
+from unialignment.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from unialignment.pipeline import UniAlignmentPipeline
@@ -62,6 +66,22 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
+_DECODERS = 2
+"""Threads that may decode pictures at once: each may hold a large picture several times over."""
+
+
+@dataclass(order=True)
+class _Waiting:
+    """A request in the queue; the smallest is next."""
+
+    priority: int
+    id: int
+    handle: Handle = field(compare=False)
+    plan: Plan | EmbedPlan = field(compare=False)
+    deadline: float | None = field(compare=False)
+    target: str = field(compare=False)
+
+
 class Engine:
     """Runs requests on one pipeline; all methods may be called from any thread.
 
@@ -73,14 +93,23 @@ class Engine:
     def __init__(self, pipe: UniAlignmentPipeline, settings: EngineSettings | None = None) -> None:
         self.pipe = pipe
         self.settings = settings or EngineSettings()
+        given = self.settings.memory_bytes
+        self.memory_bytes = free_bytes(pipe.device) // 4 if given is None else given
+        self._scheduler = Scheduler(pipe, self.settings.max_rows, self._on_done, self._on_failed)
         self._ids = itertools.count(1)
         self._lock = threading.Condition()
-        self._queue: list[Handle] = []
-        self._closing = False
-        self._active: Handle | None = None
+        self._queue: list[_Waiting] = []
+        self._entries: dict[int, _Waiting] = {}  # active ones, by the identity of their job
+        self._reserved = 0
+        self._closing = self._aborting = False
+        self._decoding = threading.BoundedSemaphore(_DECODERS)
         self._counts = dict.fromkeys(("submitted", "completed", "failed", "cancelled", "expired", "refused"), 0)
+        self._seconds = 1.0  # mean time between two completions, lately
+        self._completed_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="unialignment-engine", daemon=True)
         self._thread.start()
+
+    # --------------------------------------------------------------------------------------------------- for everybody
 
     def submit(self, request: TaskRequest | EmbedRequest) -> Handle:
         """Check a request and put it in the queue.
@@ -92,17 +121,25 @@ class Engine:
             QueueFullError: Too many are waiting.
             EngineClosedError: The engine was closed.
         """
-        if isinstance(request, TaskRequest):
-            self._check(request.options)
-            self.pipe.tasks.get(request.task)
         with self._lock:
-            if self._closing:
-                raise EngineClosedError("the engine is closed")
-            if len(self._queue) >= self.settings.max_queue:
-                self._counts["refused"] += 1
-                raise QueueFullError(f"{len(self._queue)} requests are waiting already; try again later")
-            handle = Handle(next(self._ids), request, self._wake)
-            self._queue.append(handle)
+            self._check_room()  # before any work is done for it
+        with self._decoding:
+            plan = make_plan(self.pipe, request, self.settings)
+        if plan.bytes > self.memory_bytes:
+            raise InputError(
+                f"the request needs about {plan.bytes / 2**20:,.0f} MiB, and requests may take "
+                f"{self.memory_bytes / 2**20:,.0f} MiB here; ask for fewer or smaller pictures"
+            )
+        with self._lock:
+            self._check_room()
+            # The pictures given are decoded by now; what waits must not hold them.
+            handle = Handle(next(self._ids), replace(request, images=()), lambda: self._cancel(handle))
+            limit = self.settings.timeout if request.timeout is None else request.timeout
+            if request.timeout is not None and self.settings.timeout is not None:
+                limit = min(request.timeout, self.settings.timeout)
+            deadline = None if limit is None else handle.submitted + limit
+            target = "embed" if isinstance(plan, EmbedPlan) else plan.task.target
+            heapq.heappush(self._queue, _Waiting(-request.priority, handle.id, handle, plan, deadline, target))
             self._counts["submitted"] += 1
             self._lock.notify_all()
         return handle
@@ -110,11 +147,19 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot of counters."""
         with self._lock:
-            active = int(self._active is not None)
+            jobs = list(self._scheduler.jobs)
             return EngineStats(
-                self._thread.is_alive(), len(self._queue), active, active, **self._counts,
-                passes=0, rows=0, reserved_bytes=0, memory_bytes=0, step_seconds=0.0,
-            )  # fmt: skip
+                alive=self.alive,
+                queued=len(self._queue),
+                active=len(jobs),
+                samples=sum(len(job.samples) for job in jobs if isinstance(job, Job)),
+                **self._counts,
+                passes=self._scheduler.batcher.passes,
+                rows=self._scheduler.batcher.rows,
+                reserved_bytes=self._reserved,
+                memory_bytes=self.memory_bytes,
+                step_seconds=self._scheduler.step_seconds,
+            )
 
     @property
     def alive(self) -> bool:
@@ -122,14 +167,16 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     def close(self, drain: float = 0.0) -> None:
-        """Stop: no new requests; unfinished ones fail with :class:`EngineClosedError` after ``drain`` seconds."""
+        """Stop: no new requests; those not done after ``drain`` seconds fail with :class:`EngineClosedError`."""
         until = time.monotonic() + drain
         with self._lock:
             self._closing = True
-            self._lock.wait_for(lambda: not self._queue and self._active is None, max(0.0, until - time.monotonic()))
-            for handle in self._queue:
-                handle.emit(Failed(EngineClosedError("the engine was closed")))
-            self._queue.clear()
+            self._lock.notify_all()
+            self._lock.wait_for(
+                lambda: (not self._queue and not self._entries) or not self._thread.is_alive(),
+                max(0.0, until - time.monotonic()),
+            )
+            self._aborting = True
             self._lock.notify_all()
         self._thread.join(timeout=60)
 
@@ -139,55 +186,131 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _wake(self) -> None:
+    # ------------------------------------------------------------------------------------------------------- the queue
+
+    def _check_room(self) -> None:
+        if self._closing or not self._thread.is_alive():
+            raise EngineClosedError("the engine is closed; start it again")
+        if len(self._queue) >= self.settings.max_queue:
+            self._counts["refused"] += 1
+            wait = min(60.0, max(1.0, self._seconds * len(self._queue) / 2))
+            raise QueueFullError(
+                f"{len(self._queue)} requests are waiting already, as many as may; try again in {wait:.0f} s", wait
+            )
+
+    def _cancel(self, handle: Handle) -> None:
         with self._lock:
+            found = next((one for one in self._queue if one.handle is handle), None)
+            if found is not None:
+                self._queue.remove(found)
+                heapq.heapify(self._queue)
+                self._end(found.handle, RequestCancelledError("the request was cancelled"))
             self._lock.notify_all()
 
-    @staticmethod
-    def _check(options: Mapping[str, Any]) -> None:
-        for name in REFUSED_OPTIONS:
-            if name in options:
-                raise InputError(f"{name} is the engine's to decide; leave it out")
+    def _end(self, handle: Handle, error: BaseException) -> None:
+        kinds: dict[type[BaseException], str] = {RequestCancelledError: "cancelled", DeadlineError: "expired"}
+        self._counts[kinds.get(type(error), "failed")] += 1
+        handle.emit(Failed(error))
+
+    def _sweep(self) -> None:
+        """Drop what was cancelled or is too late. Under the lock."""
+        now = time.monotonic()
+        for waiting in [one for one in self._queue if one.deadline is not None and one.deadline < now]:
+            self._queue.remove(waiting)
+            heapq.heapify(self._queue)
+            self._end(waiting.handle, _late(waiting))
+        for job in list(self._scheduler.jobs):
+            entry = self._entries[id(job)]
+            error: ServingError | None = None
+            if entry.handle.cancelled:
+                error = RequestCancelledError("the request was cancelled")
+            elif entry.deadline is not None and entry.deadline < now:
+                error = _late(entry)
+            if error is not None:
+                self._scheduler.remove(job)
+                self._release(job)
+                self._end(entry.handle, error)
+
+    def _admit(self) -> None:
+        """Let in what waits, by priority and arrival, as far as memory and rows allow. Under the lock.
+
+        Nothing overtakes what doesn't fit, or large requests would wait for ever; only requests for another kind of
+        target do, since they don't share its passes.
+        """
+        blocked: set[str] = set()
+        for waiting in sorted(self._queue):
+            if len(self._scheduler.jobs) >= self.settings.max_active:
+                return
+            if waiting.target in blocked:
+                continue
+            if self._reserved and self._reserved + waiting.plan.bytes > self.memory_bytes:
+                return
+            if isinstance(waiting.plan, Plan):
+                rows = self._scheduler.rows(waiting.target)
+                if rows and rows + waiting.plan.rows > self.settings.max_rows:
+                    blocked.add(waiting.target)
+                    continue
+                job: Job | EmbedJob = Job(self.pipe, waiting.handle, waiting.plan)
+            else:
+                job = EmbedJob(self.pipe, waiting.handle, waiting.plan)
+            self._queue.remove(waiting)
+            self._entries[id(job)] = waiting
+            self._reserved += waiting.plan.bytes
+            self._scheduler.jobs.append(job)
+        heapq.heapify(self._queue)
+
+    # ------------------------------------------------------------------------------------------------------ the thread
+
+    def _release(self, job: Job | EmbedJob) -> _Waiting:
+        entry = self._entries.pop(id(job))
+        self._reserved -= entry.plan.bytes
+        self._lock.notify_all()
+        return entry
+
+    def _on_done(self, job: Job | EmbedJob, result: Any) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._release(job)
+            self._counts["completed"] += 1
+            self._seconds += 0.1 * (now - self._completed_at - self._seconds)
+            self._completed_at = now
+        job.handle.emit(Done(result, job.started - job.handle.submitted, now - job.handle.submitted))
+
+    def _on_failed(self, job: Job | EmbedJob, error: BaseException) -> None:
+        log.error("request %d failed", job.handle.id, exc_info=error)
+        with self._lock:
+            self._release(job)
+            self._end(job.handle, error)
 
     def _run(self) -> None:
-        while True:
+        reason: BaseException = EngineClosedError("the engine was closed before the request was done")
+        try:
+            while True:
+                with self._lock:
+                    self._lock.wait_for(lambda: self._queue or self._scheduler.jobs or self._closing)
+                    if self._aborting or (self._closing and not self._queue and not self._scheduler.jobs):
+                        return
+                    self._sweep()
+                    self._admit()
+                if self._scheduler.jobs:
+                    self._scheduler.round()
+        except BaseException as error:
+            log.critical("the engine's thread died", exc_info=error)
+            reason = EngineClosedError(f"the engine failed ({type(error).__name__}); see the server's log")
+            reason.__cause__ = error
+        finally:
             with self._lock:
-                self._active = None
+                self._closing = True
+                for waiting in [*self._queue, *self._entries.values()]:
+                    self._end(waiting.handle, reason)
+                self._queue.clear()
+                self._entries.clear()
+                self._scheduler.jobs.clear()
+                self._reserved = 0
                 self._lock.notify_all()
-                self._lock.wait_for(lambda: self._queue or self._closing)
-                if not self._queue:
-                    return
-                handle = self._active = self._queue.pop(0)
-            started = time.monotonic()
-            try:
-                result = self._compute(handle)
-            except BaseException as error:
-                name = {RequestCancelledError: "cancelled", DeadlineError: "expired"}.get(type(error), "failed")
-                self._counts[name] += 1
-                handle.emit(Failed(error))
-            else:
-                self._counts["completed"] += 1
-                handle.emit(Done(result, started - handle.submitted, time.monotonic() - handle.submitted))
 
-    def _compute(self, handle: Handle) -> Any:
-        request = handle.request
-        if isinstance(request, EmbedRequest):
-            import torch
 
-            parts = [self.pipe.embed_text(list(request.texts))] if request.texts else []
-            parts += [self.pipe.embed_image(list(request.images))] if request.images else []
-            return torch.cat(parts)
-        limit = request.timeout if request.timeout is not None else self.settings.timeout
-
-        def hook(pipe: Any, step: int, time_: float, tensors: dict[str, Any]) -> None:
-            if handle.cancelled:
-                raise RequestCancelledError("the request was cancelled")
-            if limit is not None and time.monotonic() - handle.submitted > limit:
-                raise DeadlineError(f"the request wasn't done after {limit:g} s")
-            handle.emit(Progress(0, step + 1, max(step + 1, int(request.options.get("num_inference_steps", step + 1)))))
-
-        options = {**request.options, "callback_on_step_end": hook, "progress": False}
-        images = list(request.images) or None
-        if images is not None and self.pipe.tasks.get(request.task).max_sources == 1:
-            images = images[0]  # type: ignore[assignment]
-        return self.pipe.run(request.task, request.prompt, images, kind=request.kind, **options)
+def _late(waiting: _Waiting) -> DeadlineError:
+    assert waiting.deadline is not None
+    seconds = waiting.deadline - waiting.handle.submitted
+    return DeadlineError(f"the request wasn't done within its {seconds:g} s; ask for less, or allow more time")
