@@ -82,6 +82,7 @@ def draw(
         for indices in groups:
             rows = [samples[index][0] for index in indices]
             denoiser = _denoiser(pipe, requests, sources, rows, guidance, options["use_cache"])
+            denoiser.plan(sigmas[:-1])
             velocity = _guided_velocity(denoiser, guidance, bool(requests[rows[0]].sources))
             noise = seeded_normal([samples[index][1] for index in indices], shape).to(pipe.device)
             hook = _step_hook(pipe, options["callback_on_step_end"], indices, sigmas, bar)
@@ -300,27 +301,47 @@ def _denoiser(
     cached: bool,
     texts: bool = True,
 ) -> Denoiser:
-    """The model as a function of target tokens, given the conditions of ``rows``, each encoded once.
+    """The model as a function of target tokens, given the conditions of ``rows``, each distinct one encoded once.
 
+    Samples of one prompt share its condition, and so do all samples of a branch that guides away from the same thing.
     Without ``texts``, pictures are the only conditions.
     """
-    unique = list(dict.fromkeys(rows))
-    chosen = [requests[row] for row in unique]
-    count = len(chosen[0].sources)
-    latents = [pipe.encode_images([sources.pictures[row][number] for row in unique]) for number in range(count)]
+    count = len(requests[rows[0]].sources)
+    encoded = _latents(pipe, [picture for row in rows for picture in sources.pictures[row]])
     conditions: dict[Branch, Condition] = {}
+    index: dict[Branch, Tensor] = {}
     for branch in guidance.branches(count > 0):
-        images = [] if branch == "nothing" else latents
+
+        def identity(row: int, branch: Branch = branch) -> tuple[Hashable, ...]:
+            prompt = requests[row].text if branch == "full" else requests[row].negative
+            pictures = () if branch == "nothing" else tuple(id(picture) for picture in sources.pictures[row])
+            return (prompt if texts else "", *pictures)
+
+        unique = list(dict.fromkeys(identity(row) for row in rows))
+        first = {identity(row): row for row in reversed(rows)}
+        index[branch] = torch.tensor([unique.index(identity(row)) for row in rows], device=pipe.device)
+        chosen = [first[key] for key in unique]
+        images = [
+            torch.stack([encoded[id(sources.pictures[row][number])] for row in chosen])
+            for number in range(0 if branch == "nothing" else count)
+        ]
         if texts:
-            prompts = [request.text if branch == "full" else request.negative for request in chosen]
-            conditions[branch] = pipe.condition(prompts, images)
+            conditions[branch] = pipe.condition([str(key[0]) for key in unique], images)
         else:
             none = torch.zeros(len(chosen), 0, pipe.text_embedder.embedding_dim, device=pipe.device, dtype=pipe.dtype)
             conditions[branch] = Condition(
                 none, none.new_zeros(none.shape[:2], dtype=torch.bool), tuple(image.to(pipe.dtype) for image in images)
             )
-    index = torch.tensor([unique.index(row) for row in rows], device=pipe.device)
+    pipe.transformer.fuse_projections()
     return Denoiser(pipe.transformer, conditions, index, cached)
+
+
+def _latents(pipe: UniAlignmentPipeline, pictures: Sequence[Image.Image]) -> dict[int, Tensor]:
+    """Latents ``[C, h, w]`` of each distinct picture, by identity."""
+    unique = list({id(picture): picture for picture in pictures}.values())
+    if not unique:
+        return {}
+    return {id(picture): latents for picture, latents in zip(unique, pipe.encode_images(unique), strict=True)}
 
 
 def _guided_velocity(denoiser: Denoiser, guidance: Guidance, has_sources: bool) -> Callable[[Tensor, float], Tensor]:
@@ -338,8 +359,15 @@ def _guided_logits(
     excluded: int | None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     def logits(ids: Tensor, positions: Tensor) -> Tensor:
-        embeds = pipe.text_embedder.embed(ids).to(pipe.dtype)
-        result = guidance.combine(denoiser.logits(branches, embeds, positions))
+        # Finished texts are left out. The open positions' order stays: theirs are all in the rows that remain.
+        rows = tuple(positions.any(1).nonzero().flatten().tolist())
+        if len(rows) == len(ids):
+            embeds = pipe.text_embedder.embed(ids).to(pipe.dtype)
+            result = guidance.combine(denoiser.logits(branches, embeds, positions))
+        else:
+            kept = torch.tensor(rows, device=ids.device)
+            embeds = pipe.text_embedder.embed(ids[kept]).to(pipe.dtype)
+            result = guidance.combine(denoiser.logits(branches, embeds, positions[kept], rows))
         if excluded is not None:
             result[:, excluded] = -torch.inf
         return result

@@ -8,7 +8,7 @@ it transforms *segments* (tokens of one stream with their modulation) and says w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +45,14 @@ class Segment:
         tokens: ``[B, N, D]``.
         embedding: ``[B, D]`` (or ``[1, D]``: the same for all) time embedding, for block-wise modulation.
         shared: ``[B, 6 * D]`` model-wide modulation, when the model has one; else ``None``.
+        ready: ``[B, 6 * D]`` (or ``[1, 6 * D]``) the next block's modulation, when it was computed ahead.
     """
 
     stream: Stream
     tokens: Tensor
     embedding: Tensor
     shared: Tensor | None = None
+    ready: Tensor | None = None
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -58,13 +60,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(x + shift, x, scale)
 
 
+PLAIN_ATTENTION = 1 << 19
+"""Query-key pairs up to which bfloat16 attention on a CPU is two matrix products and a softmax."""
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention, ``[B, heads, N, head_dim]``; ``mask`` bool, broadcastable to ``[B, heads, Nq, Nk]``.
 
     PyTorch's fused kernel, except in bfloat16 on a CPU over short sequences: there its backward pass is 4 to 8 times
-    slower than two matrix products and a softmax (2.13, measured at 16 to 64 tokens).
+    slower than two matrix products and a softmax (2.13, measured at 16 to 64 tokens), and its forward pass 1.9 to 3.6
+    times (32 x 256 to 256 x 1280 tokens); from about 1024 x 2048 on both take the same time.
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] * key.shape[2] <= 1 << 16:
+    if (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.shape[2] * key.shape[2] <= PLAIN_ATTENTION
+    ):
         scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -101,16 +112,57 @@ def _rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
-def project_heads(x: Tensor, linears: tuple[nn.Linear, ...], heads: int) -> list[Tensor]:
+Fused = tuple[Tensor, Tensor]
+"""Weight ``[n * inner, D]`` and bias ``[n * inner]`` of n linear layers, of which each layer's own are views."""
+
+
+def fuse_linears(linears: tuple[nn.Linear, ...]) -> Fused | None:
+    """Lays the weights of several layers side by side in memory, so that one product can take them without a copy.
+
+    The layers keep their parameters, names and values; no memory is added. ``None`` if they aren't plain layers whose
+    weights are at hand: adapted (LoRA), quantized, offloaded.
+    """
+    for linear in linears:
+        if type(linear) is not nn.Linear or linear.bias is None or linear.weight.is_meta or hasattr(linear, "_hf_hook"):
+            return None
+    weight = torch.cat([linear.weight.data for linear in linears])
+    bias = torch.cat([linear.bias.data for linear in linears])
+    start = 0
+    for linear in linears:
+        stop = start + linear.weight.shape[0]
+        linear.weight.data, linear.bias.data = weight[start:stop], bias[start:stop]
+        start = stop
+    return weight, bias
+
+
+def still_fused(fused: Fused, linears: tuple[nn.Linear, ...]) -> bool:
+    """Whether the layers' parameters still are those views: whatever replaced one (a move, a merge) ended it."""
+    start = 0
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            return False
+        for whole, own in zip(fused, (linear.weight, linear.bias), strict=True):
+            if own.data_ptr() != whole.data_ptr() + start * whole.stride(0) * whole.element_size():
+                return False
+        start += linear.weight.shape[0]
+    return True
+
+
+def project_heads(x: Tensor, linears: tuple[nn.Linear, ...], heads: int, fused: Fused | None = None) -> list[Tensor]:
     """``[B, N, D]`` through several linear layers, each result as ``[B, heads, N, head_dim]``.
 
     One matrix product with their concatenated weights, which are small beside the tokens; the layers stay separate, as
-    their names in published files are.
+    their names in published files are. ``fused`` saves the concatenation where no gradient is needed.
     """
     if any(type(linear) is not nn.Linear for linear in linears):  # adapted (LoRA) or quantized: not just a weight
         return [linear(x).unflatten(-1, (heads, -1)).transpose(1, 2) for linear in linears]
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = torch.cat([linear.bias for linear in linears])
+    # While compiling, addresses aren't known; `fuse_projections` has looked before.
+    usable = fused is not None and not torch.is_grad_enabled()
+    if usable and (torch.compiler.is_compiling() or still_fused(fused, linears)):  # type: ignore[arg-type]
+        weight, bias = fused  # type: ignore[misc]
+    else:
+        weight = torch.cat([linear.weight for linear in linears])
+        bias = torch.cat([linear.bias for linear in linears])
     joined = F.linear(x, weight, bias).unflatten(-1, (len(linears), heads, -1))
     return [piece.transpose(1, 2) for piece in joined.unbind(2)]
 
@@ -138,15 +190,32 @@ class JointAttention(nn.Module):
             return nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
 
         self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = norm(), norm(), norm(), norm()
+        self._fused: dict[Stream, Fused | None] = {}
+
+    def _linears(self, stream: Stream) -> tuple[nn.Linear, ...]:
+        if stream == "image":
+            return self.to_q, self.to_k, self.to_v
+        return self.add_q_proj, self.add_k_proj, self.add_v_proj
+
+    def fuse(self) -> None:
+        """Lays query, key and value weights of each stream side by side, see :func:`fuse_linears`."""
+        for stream in ("image", "text"):
+            linears, fused = self._linears(stream), self._fused.get(stream)
+            if fused is None or not still_fused(fused, linears):
+                self._fused[stream] = fuse_linears(linears)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # A move or cast makes new parameters; what was fused would only hold on to the old memory.
+        self._fused = {}
+        return super()._apply(fn, recurse)
 
     def project(self, stream: Stream, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[B, N, D]`` to query, key and value, each ``[B, heads, N, head_dim]``."""
         if stream == "image":
-            linears, query_norm, key_norm = (self.to_q, self.to_k, self.to_v), self.norm_q, self.norm_k
+            query_norm, key_norm = self.norm_q, self.norm_k
         else:
-            linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
             query_norm, key_norm = self.norm_added_q, self.norm_added_k
-        query, key, value = project_heads(x, linears, self.heads)
+        query, key, value = project_heads(x, self._linears(stream), self.heads, self._fused.get(stream))
         if query_norm is not None and key_norm is not None:
             query, key = _rms_norm(query, query_norm), _rms_norm(key, key_norm)
         return query, key, value
@@ -224,13 +293,19 @@ class JointBlock(nn.Module):
         self.ff_context = FeedForward(dim, int(dim * mlp_ratio), activation)
         self.dim = dim
 
+    def modulation(self, stream: Stream, embedding: Tensor, shared: Tensor | None) -> Tensor:
+        """This block's modulation ``[B, 6 * D]`` (9 with a second attention) of a stream; see :class:`Segment`."""
+        image = stream == "image"
+        if shared is not None:
+            return shared + (self.scale_shift_table if image else self.scale_shift_table_context)
+        return (self.norm1 if image else self.norm1_context)(embedding)
+
     def _modulation(self, segment: Segment) -> list[Tensor]:
-        image = segment.stream == "image"
-        if segment.shared is not None:
-            values = segment.shared + (self.scale_shift_table if image else self.scale_shift_table_context)
-        else:
-            values = (self.norm1 if image else self.norm1_context)(segment.embedding)
-        return list(values.unsqueeze(1).chunk(9 if image and self.attn2 is not None else 6, dim=-1))
+        values = segment.ready
+        if values is None:
+            values = self.modulation(segment.stream, segment.embedding, segment.shared)
+        dual = segment.stream == "image" and self.attn2 is not None
+        return list(values.unsqueeze(1).chunk(9 if dual else 6, dim=-1))
 
     def _norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Layer norm, then modulation; in the type that the next matrix product wants."""
@@ -283,6 +358,7 @@ class JointBlock(nn.Module):
         cached: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         finish: bool = True,
+        room: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[list[Segment], tuple[Tensor, Tensor]]:
         """Attends all segments to each other and to cached keys and values, then transforms them.
 
@@ -291,18 +367,29 @@ class JointBlock(nn.Module):
             cached: Keys and values ``[B, heads, Nc, head_dim]`` of clean conditions, seen but not transformed.
             mask: Bool ``[B, 1, 1, Nc + N]``, ``True`` where a key may be seen (cached ones first).
             finish: ``False`` when only the keys and values are wanted (the last block of a prefill).
+            room: Buffers ``[B, heads, Nc + N or more, head_dim]`` that begin with ``cached``: the segments' own keys
+                and values are written behind it, which saves copying the conditions' (not where gradients are needed).
 
         Returns:
             The transformed segments and the keys and values of *these* segments, in order.
         """
         inputs = [self.attention_inputs(segment) for segment in segments]
-        key, value = (torch.cat([qkv[i] for qkv, _ in inputs], dim=2) for i in (1, 2))
-        if not finish:
-            return segments, (key, value)
+        query, key, value = inputs[0][0]
+        if len(inputs) > 1:
+            query, key, value = (torch.cat([qkv[i] for qkv, _ in inputs], dim=2) for i in range(3))
+        elif cached is None:
+            # These may be kept: as views of the joint projection they would keep the queries, too.
+            key, value = key.contiguous(), value.contiguous()
         own = key, value
-        if cached is not None:
+        if not finish:
+            return segments, own
+        if cached is not None and room is not None:
+            start, stop = cached[0].shape[2], cached[0].shape[2] + key.shape[2]
+            for buffer, new in zip(room, own, strict=True):
+                buffer[:, :, start:stop] = new
+            key, value = room[0][:, :, :stop], room[1][:, :, :stop]
+        elif cached is not None:
             key, value = torch.cat([cached[0], key], dim=2), torch.cat([cached[1], value], dim=2)
-        query = torch.cat([qkv[0] for qkv, _ in inputs], dim=2)
         attended = attend(query, key, value, mask)
         pieces = attended.split([segment.tokens.shape[1] for segment in segments], dim=2)
         seconds = self.image_attention(segments, [modulation for _, modulation in inputs])

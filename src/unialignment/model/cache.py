@@ -47,6 +47,9 @@ class ConditionCache:
         mask: Bool ``[B, Nc]``, ``True`` for real tokens; ``None`` when all are real.
         output: Features of the conditions (those asked for at prefill).
         aligned: ``[B, N, D]`` what a single source adds to the target's token at the same place (``aligned_source``).
+        room: Per block, buffers ``[B, heads, Nc + room, head_dim]`` of keys and of values, of which ``keys`` and
+            ``values`` are the beginning; a step writes the target's own behind them instead of copying all. Only for
+            passes without gradients, one at a time.
     """
 
     keys: tuple[Tensor, ...]
@@ -54,6 +57,7 @@ class ConditionCache:
     mask: Tensor | None
     output: TransformerOutput
     aligned: Tensor | None = None
+    room: tuple[tuple[Tensor, Tensor], ...] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -75,36 +79,114 @@ class ConditionCache:
             None if self.aligned is None else self.aligned[index],
         )
 
+    def first(self, count: int) -> ConditionCache:
+        """The first ``count`` conditions, as views."""
+        return ConditionCache(
+            tuple(key[:count] for key in self.keys),
+            tuple(value[:count] for value in self.values),
+            None if self.mask is None else self.mask[:count],
+            TransformerOutput(),
+            None if self.aligned is None else self.aligned[:count],
+            None if self.room is None else tuple((key[:count], value[:count]) for key, value in self.room),
+        )
+
     @staticmethod
     def concatenate(caches: list[ConditionCache]) -> ConditionCache:
         """One batch of several caches; shorter ones are padded and masked, which leaves every result exact."""
-        length = max(cache.length for cache in caches)
-        padded_any = any(cache.length < length or cache.mask is not None for cache in caches)
+        return ConditionCache.assemble([(cache, None) for cache in caches])
 
-        def pad(x: Tensor, dim: int) -> Tensor:
-            missing = length - x.shape[dim]
-            return x if not missing else F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, missing])
+    @staticmethod
+    def assemble(parts: list[tuple[ConditionCache, Tensor | None]], room: int = 0) -> ConditionCache:
+        """One batch of several caches, or of chosen conditions of each, copied once.
+
+        Args:
+            parts: Caches and which of their conditions (``[n]``, repeats allowed; ``None``: all), in order. Shorter
+                ones are padded and masked, which leaves every result exact.
+            room: Positions to leave behind the conditions for a target's own keys and values (see ``room``).
+        """
+        caches = [cache for cache, _ in parts]
+        if len(parts) == 1 and parts[0][1] is None and not room:
+            return caches[0]
+        length = max(cache.length for cache in caches)
+        count = sum(cache.batch_size if index is None else len(index) for cache, index in parts)
+        even = all(cache.length == length for cache in caches)
+
+        def pick(x: Tensor, index: Tensor | None) -> Tensor:
+            return x if index is None else x[index]
+
+        def joined(tensors: list[Tensor]) -> Tensor:
+            _, heads, _, width = tensors[0].shape
+            make = tensors[0].new_empty if even else tensors[0].new_zeros
+            whole, row = make(count, heads, length + room, width), 0
+            for tensor, (_, index) in zip(tensors, parts, strict=True):
+                chosen = pick(tensor, index)
+                whole[row : row + len(chosen), :, : tensor.shape[2]] = chosen
+                row += len(chosen)
+            return whole
 
         mask = None
-        if padded_any:
-            masks = [
-                c.mask if c.mask is not None else c.keys[0].new_ones(c.batch_size, c.length, dtype=torch.bool)
-                for c in caches
-            ]
-            mask = torch.cat([pad(m, 1) for m in masks])
+        if not even or any(cache.mask is not None for cache in caches):
+            masks = []
+            for cache, index in parts:
+                own = cache.mask
+                if own is None:
+                    own = cache.keys[0].new_ones(cache.batch_size, cache.length, dtype=torch.bool)
+                masks.append(F.pad(pick(own, index), [0, length - cache.length]))
+            mask = torch.cat(masks)
         aligned = None
         known = next((cache.aligned for cache in caches if cache.aligned is not None), None)
         if known is not None:
             # A cache without a source adds nothing.
             zeros = known[:1] * 0
             aligned = torch.cat(
-                [c.aligned if c.aligned is not None else zeros.expand(c.batch_size, -1, -1) for c in caches]
+                [
+                    pick(cache.aligned if cache.aligned is not None else zeros.expand(cache.batch_size, -1, -1), index)
+                    for cache, index in parts
+                ]
             )
         layers = range(len(caches[0].keys))
+        if torch.is_grad_enabled() and any(key.requires_grad for cache in caches for key in cache.keys):
+            keys, values = (
+                [
+                    torch.cat(
+                        [
+                            F.pad(pick(getattr(cache, name)[layer], index), [0, 0, 0, length - cache.length])
+                            for cache, index in parts
+                        ]
+                    )
+                    for layer in layers
+                ]
+                for name in ("keys", "values")
+            )
+            return ConditionCache(tuple(keys), tuple(values), mask, TransformerOutput(), aligned)
+        buffers = tuple(
+            (joined([cache.keys[i] for cache in caches]), joined([cache.values[i] for cache in caches])) for i in layers
+        )
         return ConditionCache(
-            tuple(torch.cat([pad(c.keys[i], 2) for c in caches]) for i in layers),
-            tuple(torch.cat([pad(c.values[i], 2) for c in caches]) for i in layers),
+            tuple(key[:, :, :length] for key, _ in buffers),
+            tuple(value[:, :, :length] for _, value in buffers),
             mask,
             TransformerOutput(),
             aligned,
+            buffers if room else None,
         )
+
+
+@dataclass(frozen=True)
+class TimeModulation:
+    """What a stream's blocks and head take from the time, computed ahead: for one timestep, or for each of several.
+
+    Attributes:
+        timestep: ``[S]``.
+        embedding: ``[S, D]``.
+        blocks: Each block's modulation vectors, ``[S, 6 * D]`` (``[S, 9 * D]`` with a second attention).
+    """
+
+    timestep: Tensor
+    embedding: Tensor
+    blocks: tuple[Tensor, ...]
+
+    def at(self, step: int) -> TimeModulation:
+        """That of one timestep, as views of one row."""
+        row = slice(step, step + 1)
+        return TimeModulation(self.timestep[row], self.embedding[row], tuple(block[row] for block in self.blocks))

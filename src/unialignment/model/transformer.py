@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unialignment.errors import ConfigError, InputError
 from unialignment.model.blocks import JointBlock, Modulation, Segment, Stream, modulate
-from unialignment.model.cache import ConditionCache, TransformerOutput
+from unialignment.model.cache import ConditionCache, TimeModulation, TransformerOutput
 from unialignment.model.embeddings import PatchEmbed, TimeEmbedding, unpatchify
 
 Target = Literal["image", "text", "both"]
@@ -143,6 +143,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         nn.init.zeros_(self.image_proj_out.weight)
         nn.init.zeros_(self.image_proj_out.bias)
         self.gradient_checkpointing = False
+        self.length_bucket = 0
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> UniAlignmentTransformer:
@@ -310,6 +311,7 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         timestep: Tensor,
         feature_layer: int | None = None,
         logit_positions: Tensor | None = None,
+        modulation: TimeModulation | None = None,
     ) -> TransformerOutput:
         """One pass over the target tokens alone, against cached conditions (``prefix`` mode).
 
@@ -318,9 +320,10 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
             latents: ``[B, C, H, W]`` noised target picture; or
             text_embeds: ``[B, L, D_text]`` target text.
             text_mask: Bool ``[B, L]``, ``True`` for real positions of the target text.
-            timestep: ``[B]``.
+            timestep: ``[B]``, or ``[1]``: the same for all, which saves work.
             feature_layer: 1-based block whose hidden states to return.
             logit_positions: Bool ``[B, L]``: compute text logits there only.
+            modulation: What :meth:`time_modulation` gave for this stream and timestep.
         """
         stream: Stream
         if latents is not None:
@@ -332,11 +335,16 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
             stream, tokens = "text", self.context_embedder(text_embeds)
         else:
             raise InputError("denoise needs a target: pass latents or text_embeds.")
-        segment = self._segment(stream, tokens, timestep)
+        segment = self._segment(stream, tokens, timestep, modulation)
         mask = self._key_mask(tokens.shape[0], [(cache.length, cache.mask), (tokens.shape[1], text_mask)])
         segments, middle = [segment], None
+        fits = cache.room is not None and cache.room[0][0].shape[2] >= cache.length + tokens.shape[1]
+        rooms = cache.room if fits and not torch.is_grad_enabled() else None
         for index, block in enumerate(self.transformer_blocks):
-            segments, _ = self._run(block, segments, (cache.keys[index], cache.values[index]), mask, True)
+            if modulation is not None:
+                segments[0].ready = modulation.blocks[index]
+            cached = cache.keys[index], cache.values[index]
+            segments, _ = self._run(block, segments, cached, mask, True, None if rooms is None else rooms[index])
             if feature_layer == index + 1:
                 middle = segments[0].tokens
         output = TransformerOutput()
@@ -347,6 +355,52 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         else:
             output.mid_text_features = middle
         return output
+
+    def time_modulation(self, stream: Stream, timestep: Tensor) -> TimeModulation | None:
+        """The time's share of every block, ahead of the steps that need it.
+
+        It depends on nothing else, and reading its weights (a quarter of a block's, in SD 3's form) at every step costs
+        much of a step over few tokens. ``None`` where weights aren't all at hand (offloaded ones).
+
+        Args:
+            stream: ``"image"`` or ``"text"``.
+            timestep: ``[S]``, 0 to 1000.
+        """
+        home = self.context_embedder.weight.device
+        if home.type == "meta" or any(p.device != home for p in self.transformer_blocks.parameters()):
+            return None
+        segment = self._segment(stream, self.context_embedder.weight[:0, None], timestep)
+        blocks = tuple(
+            block.modulation(stream, segment.embedding, segment.shared)  # type: ignore[operator]
+            for block in self.transformer_blocks
+        )
+        return TimeModulation(timestep, segment.embedding, blocks)
+
+    def fuse_projections(self) -> None:
+        """Lays query, key and value weights side by side in memory, so that passes without gradients needn't copy them.
+
+        Values, names and memory stay; it is repeated at no cost, and undone by whatever moves or replaces weights.
+        """
+        for block in self.transformer_blocks:
+            block.attn.fuse()  # type: ignore[operator, union-attr]
+
+    def compile_for_inference(self, bucket: int = 32, **options: Any) -> None:
+        """Compiles the blocks with ``torch.compile``: one code for all of them, one compilation a shape.
+
+        Prompts are padded to a multiple of ``bucket`` tokens from here on (masked: results stay the same), so that
+        their lengths don't ask for compilations of their own. PyTorch keeps compiled code on disk between processes
+        (``TORCHINDUCTOR_CACHE_DIR``).
+
+        Args:
+            bucket: Tokens.
+            **options: ``torch.compile``'s.
+        """
+        # One code serves all blocks, for every combination of prefill, pictures, texts and their shapes.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self.fuse_projections()
+        self.length_bucket = bucket
+        for block in self.transformer_blocks:
+            block.compile(**{"dynamic": False, **options})
 
     def embed(self, features: Tensor, stream: Stream, mask: Tensor | None = None) -> Tensor:
         """Mean-pools final features ``[B, N, D]`` over real tokens and maps them to unit vectors ``[B, E]``."""
@@ -373,7 +427,11 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
             raise InputError("timestep is missing: pass [B], 0 (clean) to 1000 (noise).")
         return timestep
 
-    def _segment(self, stream: Stream, tokens: Tensor, timestep: Tensor) -> Segment:
+    def _segment(
+        self, stream: Stream, tokens: Tensor, timestep: Tensor, modulation: TimeModulation | None = None
+    ) -> Segment:
+        if modulation is not None:
+            return Segment(stream, tokens.to(self.context_embedder.weight.dtype), modulation.embedding)
         embedding = self.time_text_embed(timestep)
         shared = None
         if self.config.modulation == "shared":
@@ -400,11 +458,12 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         cached: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         finish: bool,
+        room: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[list[Segment], tuple[Tensor, Tensor]]:
         keys = None if mask is None else mask[:, None, None, :]
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, segments, cached=cached, mask=keys, finish=finish, use_reentrant=False)
-        return block(segments, cached=cached, mask=keys, finish=finish)
+        return block(segments, cached=cached, mask=keys, finish=finish, room=room)
 
     def _final(self, segments: list[Segment], stream: Stream) -> Tensor | None:
         segment = next((s for s in segments if s.stream == stream), None)
