@@ -46,21 +46,24 @@ def test_the_truth_scores_full_marks(judge: Judge, pack, nano, task: str) -> Non
         assert scores
         assert set(scores) <= set(METRICS)
         for key, value in scores.items():
-            assert np.isnan(value) or value == (60.0 if METRICS[key].unit == "dB" else 1.0), (sample.prompt, key)
+            full = {"dB": 60.0, "number": 0.0}.get(METRICS[key].unit, 1.0)
+            assert np.isnan(value) or value == full, (sample.prompt, key)
 
 
 def test_generate_needs_every_object(judge: Judge) -> None:
     sample = prompt_sample()
-    assert judge.score(sample, drawn(judge, SCENE)) == {"generate.objects": 1, "generate.background": 1}
-    assert judge.score(sample, drawn(judge, SCENE.without_object(0)))["generate.objects"] == 0
+    full = {"generate.objects": 1, "generate.scenes": 1, "generate.background": 1}
+    assert judge.score(sample, drawn(judge, SCENE)) == full
+    half = judge.score(sample, drawn(judge, SCENE.without_object(0)))
+    assert (half["generate.objects"], half["generate.objects"].weight, half["generate.scenes"]) == (0.5, 2, 0)
     red = dataclasses.replace(SCENE, background="red")
-    assert judge.score(sample, drawn(judge, red)) == {"generate.objects": 1, "generate.background": 0}
+    assert judge.score(sample, drawn(judge, red)) == full | {"generate.background": 0}
 
 
 def test_generate_holds_to_what_is_stated_and_to_no_more(judge: Judge) -> None:
     swapped = Scene("blue", (dataclasses.replace(DOG, x=40, y=40), dataclasses.replace(CAR, x=0, y=0)))
     silent = judge.score(prompt_sample(), drawn(judge, swapped))
-    assert set(silent) == {"generate.objects", "generate.background"}
+    assert set(silent) == {"generate.objects", "generate.scenes", "generate.background"}
     beside = Scene("blue", (DOG, dataclasses.replace(CAR, y=0)))
     sample = Sample(
         "generate",

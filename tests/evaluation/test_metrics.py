@@ -99,16 +99,45 @@ def test_dilate_is_a_square() -> None:
     assert metrics.dilate(mask, 0).sum() == 1
 
 
-def test_recall_at_1_by_hand() -> None:
+def test_recall_at_by_hand() -> None:
     similarity = np.array([[0.9, 0.1, 0.0], [0.5, 0.4, 0.3], [0.0, 0.1, 0.2]])
-    assert metrics.recall_at_1(similarity).tolist() == [1.0, 0.0, 1.0]
+    assert metrics.recall_at(similarity).tolist() == [1.0, 0.0, 1.0]
 
 
 def test_collapsed_embedding_retrieves_nothing() -> None:
-    assert metrics.recall_at_1(np.ones((4, 4))).sum() == 0
+    assert metrics.recall_at(np.ones((4, 4))).sum() == 0
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_interval_encloses_most_and_stays_in_range(values: list[float]) -> None:
     result = metrics.estimate(values, resamples=50)
     assert min(values) - 1e-9 <= result.low <= result.high <= max(values) + 1e-9
+
+
+def test_recall_at_5_and_ties() -> None:
+    similarity = np.eye(8)
+    similarity[0] = [0.5, 0.9, 0.8, 0.7, 0.6, 0.1, 0.1, 0.1]  # fifth
+    similarity[1] = [0.9, 0.5, 0.8, 0.7, 0.6, 0.5, 0.1, 0.1]  # shares the fifth place: a miss
+    assert metrics.recall_at(similarity, 5).tolist() == [1, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_weighted_shares_are_pooled() -> None:
+    values = [metrics.share_found(["a"], ["a", "b", "b"]), metrics.share_found(["c"], ["c"])]
+    assert [float(value) for value in values] == [pytest.approx(1 / 3), 1]
+    pooled = metrics.estimate(values)
+    assert (pooled.value, pooled.count) == (0.5, 2)  # two of four things
+    assert pooled.low < 0.5 < pooled.high
+
+
+def test_mean_of_groups_weighs_groups_alike() -> None:
+    found = metrics.mean_of_groups([[0.0] * 9, [10.0]])
+    assert (found.value, found.low, found.high, found.count) == (5, 5, 5, 10)
+    with pytest.raises(ValueError, match="every group"):
+        metrics.mean_of_groups([[1.0], []])
+
+
+def test_abs_rel_by_hand() -> None:
+    target = np.array([[0, 100], [200, 0]], np.uint8)
+    given = np.array([[255, 150], [100, 255]], np.uint8)
+    assert metrics.depth_abs_rel(given, target) == pytest.approx(0.5)
+    assert np.isnan(metrics.depth_abs_rel(given, np.zeros((2, 2), np.uint8)))

@@ -15,7 +15,7 @@ from PIL import Image
 from unialignment.data.sample import Sample
 from unialignment.evaluation.contestants import ModelContestant
 from unialignment.evaluation.judge import Output
-from unialignment.evaluation.results import METRICS, Metric, Results
+from unialignment.evaluation.results import BY_KIND, METRICS, Metric, Results
 from unialignment.evaluation.sheet import Panel, Row, contact_sheet
 
 RESULTS_FILE, SHEET_FILE, CARD_FILE = "evaluation.json", "samples.png", "card.md"
@@ -25,7 +25,9 @@ SHEET_TASKS = ("generate", "caption", "answer", "edit", "perceive", "control", "
 
 
 def _number(value: float, metric: Metric) -> str:
-    return f"{value:.1f} dB" if metric.unit == "dB" else f"{100 * value:.1f} %"
+    if metric.unit == "share":
+        return f"{100 * value:.1f} %"
+    return f"{value:.1f} dB" if metric.unit == "dB" else f"{value:.2f}"
 
 
 def _reference(tables: dict[str, dict[str, float]], key: str, metric: Metric) -> str:
@@ -53,11 +55,16 @@ def metric_table(results: Results) -> str:
 
 def kind_table(results: Results) -> str:
     """Markdown table of answer accuracy by kind of question."""
-    lines = ["| kind of question | right | 95 % interval | n |", "|---|---:|---:|---:|"]
+    lines = [
+        "| kind of question | right | 95 % interval | floor | ceiling | n |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     share = METRICS["vqa.accuracy"]
     for kind, item in sorted(results.by_kind.items()):
         interval = f"{_number(item.low, share)} – {_number(item.high, share)}"
-        lines.append(f"| {kind} | {_number(item.value, share)} | {interval} | {item.count} |")
+        key = f"{BY_KIND}.{kind}"
+        low, high = _reference(results.floors, key, share), _reference(results.ceilings, key, share)
+        lines.append(f"| {kind} | {_number(item.value, share)} | {interval} | {low} | {high} | {item.count} |")
     return "\n".join(lines)
 
 
@@ -92,7 +99,11 @@ network judges. Intervals are 95 % bootstrap intervals over items.{settings}
 {meanings}
 
 Ceilings: *truth* is the true picture or text, *reconstruction* the true picture after this model's image autoencoder.
-Floors: *copy* gives the source back unchanged, *random* gives the target of another item.
+Floors: *copy* gives the source back unchanged, *random* gives the target of another item (a random scene, a random
+answer), *commonest* the most frequent answer to questions of the same kind.
+
+`generate.objects` counts prompted objects one by one; `generate.scenes` counts prompts of which all objects were drawn.
+Marks (`semgen.*`) go from 0 to 10 and are defined in `docs/evaluation.md`.
 
 {by_kind}## Samples
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unialignment.world.layout import Split
 
 BENCHMARKS = ("semgen-world", "semgen-bench")
-WORLD_LIMIT = 200
+WORLD_LIMIT = 100
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``unialign eval``."""
     parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS, default=BENCHMARKS[0], help="what to run")
     _add_shared(parser)
-    parser.add_argument("--limit", type=int, help="items per task or group (default: 200; semgen-bench: all)")
-    parser.add_argument("--tasks", help="comma-separated tasks (default: all)")
+    parser.add_argument("--limit", type=int, help="items per task or group (default: 100; semgen-bench: all)")
+    parser.add_argument("--tasks", help="comma-separated tasks or groups, 'semgen' for all four (default: all)")
     parser.add_argument("--split", default="held_out", choices=("held_out", "train"), help="which scenes")
     parser.add_argument("--preset", default="nano", help="world preset (default: nano)")
     parser.add_argument("--batch-size", type=int, default=16, help="items per call (default: 16)")
@@ -75,11 +75,13 @@ def run(args: argparse.Namespace) -> int:
     import unialignment
     from unialignment.evaluation.card import kind_table, metric_table
     from unialignment.evaluation.judge import Judge
-    from unialignment.evaluation.world import RETRIEVAL_POOL, TASKS, evaluate
+    from unialignment.evaluation.world import GROUPS, PARTS, RETRIEVAL_POOL, evaluate
 
-    tasks = TASKS if args.tasks is None else tuple(name.strip() for name in args.tasks.split(","))
-    if unknown := [name for name in tasks if name not in TASKS]:
-        raise InputError(f"unknown task {', '.join(map(repr, unknown))}; expected some of {', '.join(TASKS)}")
+    tasks = PARTS if args.tasks is None else tuple(name.strip() for name in args.tasks.split(","))
+    tasks = tuple(part for name in tasks for part in (GROUPS if name == "semgen" else (name,)))
+    if unknown := [name for name in tasks if name not in PARTS]:
+        known = ", ".join((*PARTS, "semgen"))
+        raise InputError(f"unknown task {', '.join(map(repr, unknown))}; expected some of {known}")
     for name in ("limit", "batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}; expected 1 or more")

@@ -7,12 +7,14 @@ nothing of how outputs are judged.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from unialignment.data.sample import Sample
+from unialignment.errors import InputError
 from unialignment.evaluation.judge import Output
 
 
@@ -40,6 +42,8 @@ class ModelContestant:
 
     def __init__(self, pipe: Any, batch_size: int = 16, settings: dict[str, dict[str, Any]] | None = None) -> None:
         self.pipe, self.batch_size, self.settings = pipe, batch_size, settings or {}
+        self.shortened = 0
+        """Prompts that were longer than the model reads, of which it was given the beginning."""
 
     def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
         """See :class:`Contestant`."""
@@ -47,9 +51,13 @@ class ModelContestant:
             return []
         task = samples[0].task
         sources = [list(sample.sources) for sample in samples]
+        prompts = [sample.prompt for sample in samples]
+        if task in ("generate", "edit"):
+            prompts = [readable(self.pipe, text) for text in prompts]
+            self.shortened += sum(given != sample.prompt for given, sample in zip(prompts, samples))
         result = self.pipe.run(
             task,
-            [sample.prompt or None for sample in samples],
+            [prompt or None for prompt in prompts],
             sources if any(sources) else None,
             kind=None,
             seed=[seed + index for index in range(len(samples))],
@@ -115,6 +123,39 @@ class RandomOther:
             chosen = samples[others[int(rng.integers(len(others)))]]
             results.append(chosen.target_image if chosen.target_image is not None else chosen.target_text)
         return results
+
+
+class Commonest:
+    """The most frequent true answer among the items of the same kind: the floor of knowing the questions alone."""
+
+    def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
+        """See :class:`Contestant`."""
+        if not samples or samples[0].task != "answer":
+            return [None] * len(samples)
+        answers: dict[str, Counter[str]] = {}
+        for sample in samples:
+            answers.setdefault(sample.kind, Counter())[sample.target_text or ""] += 1
+        return [answers[sample.kind].most_common(1)[0][0] for sample in samples]
+
+
+def readable(pipe: Any, text: str) -> str:
+    """The longest run of a text's first words that a model can read, which is all of it but for very long prompts.
+
+    Raises:
+        InputError: Not even the first word can be read.
+    """
+    check = getattr(pipe, "check_length", None)
+    if check is None:
+        return text
+    words = text.split()
+    for count in range(len(words) + 1, 0, -1):
+        shorter = text if count > len(words) else " ".join(words[:count])
+        try:
+            check(shorter)
+            return shorter
+        except InputError:
+            continue
+    raise InputError(f"no word of {text[:40]!r} can be read by this model")
 
 
 def reconstruct(pipe: Any, images: Sequence[np.ndarray]) -> list[Output]:

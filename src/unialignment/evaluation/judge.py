@@ -13,10 +13,10 @@ import numpy as np
 
 from unialignment.data.sample import Sample
 from unialignment.errors import InputError
-from unialignment.evaluation import metrics
+from unialignment.evaluation import clauses, metrics
 from unialignment.world import language as lang
 from unialignment.world.captions import Description
-from unialignment.world.parser import SceneParser, match_scenes
+from unialignment.world.parser import ParsedScene, SceneParser, match_scenes
 from unialignment.world.presets import WorldPreset
 from unialignment.world.questions import is_correct
 from unialignment.world.render import Renderer
@@ -26,8 +26,7 @@ from unialignment.world.sprites import SpritePack
 Output = np.ndarray | str
 """A picture ``[R, R, 3]`` uint8 for tasks with image targets, else a text."""
 
-POSITION_TOLERANCE = 4.0
-"""How far, in scene units (of 64), an object's centre may be off for an edit to count as right."""
+POSITION_TOLERANCE = clauses.POSITION_TOLERANCE
 
 
 class Judge:
@@ -42,7 +41,7 @@ class Judge:
         self.pack, self.preset = pack, preset
         self.parser = SceneParser(pack, preset)
         self.renderer = Renderer(pack, preset.resolution)
-        self._parsed: dict[bytes, Scene] = {}
+        self._parsed: dict[bytes, ParsedScene] = {}
         self._judges: dict[str, Callable[[Sample, np.ndarray], dict[str, float]]] = {
             "generate": self._generate,
             "edit": self._edit,
@@ -78,30 +77,30 @@ class Judge:
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
-    def _drawn(self, image: np.ndarray) -> Scene:
+    def parsed(self, image: np.ndarray) -> ParsedScene:
+        """What the parser sees in a picture."""
         # References show the same pictures again and again, and parsing takes longer than anything else here.
         key = image.tobytes()
         if key not in self._parsed:
-            self._parsed[key] = self.parser.parse(image).scene
+            self._parsed[key] = self.parser.parse(image)
         return self._parsed[key]
+
+    def _drawn(self, image: np.ndarray) -> Scene:
+        return self.parsed(image).scene
 
     def _generate(self, sample: Sample, image: np.ndarray) -> dict[str, float]:
         scene, drawn = _scene(sample), self._drawn(image)
         stated: Description = sample.meta["description"]
-        scores = {
-            "generate.objects": float(metrics.contains_all(_names(drawn), _names(scene))),
+        scores: dict[str, float] = {
+            "generate.objects": metrics.share_found(_names(drawn), _names(scene)),
+            "generate.scenes": float(metrics.contains_all(_names(drawn), _names(scene))),
             "generate.background": float(drawn.background == scene.background),
         }
-        found = [
-            drawn.objects.index(match.parsed) if match.found and match.parsed is not None else None
-            for match in match_scenes(drawn, scene).objects
-        ]
-        if stated.places:
-            scores["generate.places"] = float(all(_in_place(drawn, found[i], scene, i) for i in stated.places))
-        if stated.relations or stated.between:
-            related = all(_related(drawn, found[a], relation, found[b]) for a, relation, b in stated.relations)
-            between = all(_between(drawn, *(found[i] for i in three)) for three in stated.between)
-            scores["generate.relations"] = float(related and between)
+        facts = clauses.stated_facts(drawn, scene, stated)
+        if places := [right for kind, right in facts if kind == "place"]:
+            scores["generate.places"] = float(all(places))
+        if related := [right for kind, right in facts if kind == "relation"]:
+            scores["generate.relations"] = float(all(related))
         return scores
 
     def _edit(self, sample: Sample, image: np.ndarray) -> dict[str, float]:
@@ -118,7 +117,10 @@ class Judge:
         if sample.kind == "segment":
             return {"segment.iou": metrics.iou(image, sample.target_image)}
         if sample.kind == "depth":
-            return {"depth.delta1": metrics.depth_delta1(image, sample.target_image)}
+            return {
+                "depth.delta1": metrics.depth_delta1(image, sample.target_image),
+                "depth.abs_rel": metrics.depth_abs_rel(image, sample.target_image),
+            }
         return {"edges.f": metrics.edge_f1(image, sample.target_image)}
 
     def _control(self, sample: Sample, image: np.ndarray) -> dict[str, float]:
@@ -163,18 +165,6 @@ def backgrounds_named(text: str, preset: WorldPreset) -> set[str]:
     forms = sorted({form for name in preset.names for form in (name, lang.plural(name))}, key=len, reverse=True)
     rest = re.sub(r"(?<![\w-])(?:" + "|".join(map(re.escape, forms)) + r")(?![\w-])", " ", text)
     return {name for name in preset.backgrounds if re.search(rf"\b{name}\b", rest)}
-
-
-def _in_place(drawn: Scene, index: int | None, scene: Scene, expected: int) -> bool:
-    return index is not None and lang.place_of(drawn.objects[index]) == lang.place_of(scene.objects[expected])
-
-
-def _related(drawn: Scene, a: int | None, relation: str, b: int | None) -> bool:
-    return a is not None and b is not None and relation in lang.relations(drawn, a, b)
-
-
-def _between(drawn: Scene, middle: int | None, a: int | None, b: int | None) -> bool:
-    return middle is not None and a is not None and b is not None and lang.is_between(drawn, middle, a, b)
 
 
 def _names(scene: Scene) -> list[str]:

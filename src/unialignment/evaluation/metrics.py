@@ -36,11 +36,26 @@ class Estimate:
     count: int
 
 
+class Weighted(float):
+    """A share that stands for several things: the share of an item's objects, weighing as many as there are.
+
+    Means of such values are pooled over the things, and resampled over the items.
+    """
+
+    weight: float
+
+    def __new__(cls, value: float, weight: float) -> Weighted:
+        made = super().__new__(cls, value)
+        made.weight = weight
+        return made
+
+
 def estimate(values: Sequence[float] | Array, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Estimate:
     """Mean and percentile-bootstrap interval (Efron 1979) of independent values.
 
     Args:
-        values: One number per item; ``nan`` marks an item to which the metric does not apply and is left out.
+        values: One number per item; ``nan`` marks an item to which the metric does not apply and is left out. A
+            :class:`Weighted` number counts as often as its weight says; the others once.
         seed: Seed of the resampling.
         resamples: Number of resamples with replacement.
         level: Coverage, 0-1.
@@ -48,14 +63,38 @@ def estimate(values: Sequence[float] | Array, seed: int = 0, resamples: int = 20
     Raises:
         ValueError: no value is left.
     """
+    weights = np.array([getattr(value, "weight", 1.0) for value in values], dtype=np.float64)
     kept = np.asarray(values, dtype=np.float64)
-    kept = kept[~np.isnan(kept)]
+    weights, kept = weights[~np.isnan(kept)], kept[~np.isnan(kept)]
     if kept.size == 0:
         raise ValueError("estimate: got no values; expected at least one item to which the metric applies")
-    draws = np.random.default_rng(seed).integers(0, kept.size, size=(resamples, kept.size))
-    means = kept[draws].mean(axis=1)
+    means = _resampled(kept, weights, np.random.default_rng(seed), resamples)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(kept.mean()), float(low), float(high), int(kept.size))
+    return Estimate(float(np.average(kept, weights=weights)), float(low), float(high), int(kept.size))
+
+
+def _resampled(values: Array, weights: Array, rng: np.random.Generator, resamples: int) -> Array:
+    draws = rng.integers(0, values.size, size=(resamples, values.size))
+    means: Array = (values * weights)[draws].sum(axis=1) / weights[draws].sum(axis=1)
+    return means
+
+
+def mean_of_groups(
+    groups: Sequence[Sequence[float]], seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> Estimate:
+    """Unweighted mean of the groups' means, each group resampled on its own (a stratified bootstrap).
+
+    Raises:
+        ValueError: A group is empty.
+    """
+    if not groups or not all(len(group) for group in groups):
+        raise ValueError("mean_of_groups: expected at least one value in every group")
+    rng = np.random.default_rng(seed)
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups]
+    means = np.mean([_resampled(array, np.ones(array.size), rng, resamples) for array in arrays], axis=0)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    value = float(np.mean([array.mean() for array in arrays]))
+    return Estimate(value, float(low), float(high), sum(array.size for array in arrays))
 
 
 def contains_all(found: Iterable[str], expected: Iterable[str]) -> bool:
@@ -104,6 +143,26 @@ def iou(prediction: Array, target: Array, threshold: float = 127.5) -> float:
     return float(np.logical_and(first, second).sum() / union) if union else 1.0
 
 
+def share_found(found: Iterable[str], expected: Iterable[str]) -> Weighted:
+    """Share of the expected names that are found, as often as expected, weighing as many as are expected."""
+    wanted = Counter(expected)
+    total = wanted.total()
+    missing = (wanted - Counter(found)).total()
+    return Weighted((total - missing) / total if total else float("nan"), total)
+
+
+def depth_abs_rel(prediction: Array, target: Array) -> float:
+    """Mean of ``|given - true| / true`` over the target's foreground (AbsRel of Eigen et al. 2014); 0 is best.
+
+    ``nan`` if there is no foreground.
+    """
+    expected = grey(target)
+    foreground = expected > 0.5
+    if not foreground.any():
+        return float("nan")
+    return float((np.abs(grey(prediction) - expected)[foreground] / expected[foreground]).mean())
+
+
 def depth_delta1(prediction: Array, target: Array, ratio: float = 1.25) -> float:
     """Share of the target's foreground pixels whose value is within a factor ``ratio`` (delta-1 of Eigen et al. 2014).
 
@@ -144,13 +203,14 @@ def edge_f1(prediction: Array, target: Array, tolerance: int = 1, threshold: flo
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def recall_at_1(similarity: Array) -> Array:
-    """Per query (row), whether the paired item (same column) is the most similar one.
+def recall_at(similarity: Array, k: int = 1) -> Array:
+    """Per query (row), whether the paired item (same column) is among the ``k`` most similar ones.
 
-    A tie with another item counts as a miss, so that a collapsed embedding scores zero and not one.
+    Ties with other items count against it, so that a collapsed embedding scores zero and not one.
 
     Args:
         similarity: ``[N, N]`` similarities, query by item.
+        k: How many may be shown.
 
     Returns:
         ``[N]`` floats, 0 or 1.
@@ -160,8 +220,11 @@ def recall_at_1(similarity: Array) -> Array:
     """
     similarity = np.asarray(similarity, dtype=np.float64)
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
-        raise ValueError(f"recall_at_1: got a matrix of shape {similarity.shape}; expected [N, N]")
-    own = np.diag(similarity).copy()
-    others = similarity.copy()
-    np.fill_diagonal(others, -np.inf)
-    return (own > others.max(axis=1)).astype(np.float64)
+        raise ValueError(f"recall_at: got a matrix of shape {similarity.shape}; expected [N, N]")
+    before = (similarity >= np.diag(similarity)[:, None]).sum(axis=1) - 1
+    return (before < k).astype(np.float64)
+
+
+def recall_at_1(similarity: Array) -> Array:
+    """:func:`recall_at` for the nearest one."""
+    return recall_at(similarity, 1)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from unialignment.errors import InputError
 from unialignment.evaluation.benchmarks import Item
+from unialignment.evaluation.contestants import readable
 from unialignment.evaluation.harness import Model
 from unialignment.evaluation.records import digest
 from unialignment.images import load_image
@@ -52,7 +53,7 @@ class PipelineModel:
     def draw(self, item: Item, seed: int) -> tuple[Image.Image, dict[str, Any]]:
         """See :class:`~unialignment.evaluation.harness.Model`."""
         picture = load_image(item.photo)
-        read = [self._readable(turn) for turn in item.turns]
+        read = [readable(self.pipe, turn) for turn in item.turns]
         for text in read:
             task = "edit" if item.kind == "edit" else "generate"
             images = picture if item.kind == "edit" else None
@@ -60,17 +61,6 @@ class PipelineModel:
             picture = result.images[0]
         shortened = list(read) != list(item.turns)
         return picture, {"shortened": True, "read": read} if shortened else {}
-
-    def _readable(self, text: str) -> str:
-        words = text.split()
-        for count in range(len(words), 0, -1):
-            shorter = " ".join(words[:count])
-            try:
-                self.pipe.check_length(shorter)
-                return shorter
-            except InputError:
-                continue
-        raise InputError(f"no word of {text[:40]!r} can be read by this model")
 
 
 class Photograph:

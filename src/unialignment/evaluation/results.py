@@ -28,7 +28,7 @@ class Metric:
         task: Task that it belongs to.
         title: A few words for tables.
         meaning: One sentence: when an item counts as right, or what is averaged.
-        unit: ``"share"`` (0-1, printed as per cent) or ``"dB"``.
+        unit: ``"share"`` (0-1, printed as per cent), ``"dB"``, ``"mark"`` (0-10) or ``"number"``.
     """
 
     task: str
@@ -41,9 +41,13 @@ METRICS: dict[str, Metric] = {
     "caption.objects": Metric("caption", "all objects named", "every class in the picture is named"),
     "caption.exact": Metric("caption", "... and no others", "the classes named are exactly those in the picture"),
     "caption.background": Metric("caption", "background named", "the background's colour, and no other one, is named"),
+    "caption.cider": Metric("caption", "CIDEr-D", "likeness to the true caption's n-grams, 0-10", "number"),
     "vqa.accuracy": Metric("answer", "answers right", "the answer is among the accepted ones"),
     "infill.accuracy": Metric("infill", "gaps right", "share of gaps filled with the very word that was taken out"),
-    "generate.objects": Metric("generate", "all objects drawn", "the parser finds every prompted object"),
+    "generate.objects": Metric(
+        "generate", "prompted objects drawn", "share of all prompted objects, one by one, that the parser finds"
+    ),
+    "generate.scenes": Metric("generate", "... all of a prompt's", "the parser finds every object of the prompt"),
     "generate.relations": Metric(
         "generate", "relations right", "every relation that the prompt states holds (prompts that state one)"
     ),
@@ -57,12 +61,48 @@ METRICS: dict[str, Metric] = {
     "edit.psnr_outside": Metric("edit", "PSNR outside", "likeness of what the edit had to leave alone", "dB"),
     "segment.iou": Metric("perceive", "segmentation IoU", "intersection over union of the mask"),
     "depth.delta1": Metric("perceive", "depth delta-1", "object pixels within a factor 1.25 of the true value"),
+    "depth.abs_rel": Metric(
+        "perceive", "depth AbsRel", "mean of |given - true| / true over object pixels; 0 is best", "number"
+    ),
     "edges.f": Metric("perceive", "edges F1", "F1 of edge pixels, matched within one pixel"),
     "control.objects": Metric("control", "all objects drawn", "the parser finds every object of the prompt and map"),
     "compose.subjects": Metric("compose", "all subjects present", "the parser finds the subject of every reference"),
-    "retrieval.r1": Metric("embed", "retrieval R@1", "the pair is nearest, image to text and text to image"),
+    "retrieval.r1": Metric(
+        "embed", "retrieval R@1", "the pair is nearest among 100, image to text and text to image pooled"
+    ),
+    "retrieval.r5": Metric("embed", "retrieval R@5", "the pair is among the nearest five, both directions pooled"),
 }
-"""Every scalar metric. Further keys (``semgen.*``) are allowed in results."""
+_GROUPS = {
+    "t2i_long": ("generate", "long prompts"),
+    "t2i_complex": ("generate", "prompts with relations"),
+    "edit_multi": ("edit", "three clauses at once"),
+    "edit_complex": ("edit", "landmarks, several objects"),
+}
+for _group, (_task, _title) in _GROUPS.items():
+    METRICS[f"semgen.{_group}"] = Metric(_task, f"{_title}: O", "sqrt(IC · PQ) of each item", "mark")
+    METRICS[f"semgen.{_group}.ic"] = Metric(
+        _task,
+        "... IC",
+        "10 x the share of the prompt's clauses that hold"
+        if _task == "generate"
+        else "10 x the lesser of the share of clauses carried out and of what was to stay as it was",
+        "mark",
+    )
+    METRICS[f"semgen.{_group}.pq"] = Metric(
+        _task, "... PQ", "10 x the parser's confidence in the objects that it sees", "mark"
+    )
+    if _task == "edit":
+        METRICS[f"semgen.{_group}.psnr"] = Metric(_task, "... PSNR outside", "likeness of what no clause touches", "dB")
+METRICS |= {
+    "semgen.overall": Metric("all", "mean of the four groups' O", "unweighted mean of the groups' means", "mark"),
+    "semgen.edit_multi_turns": Metric(
+        "edit", "three clauses in three turns: O", "each clause told on its own, the next one for the result", "mark"
+    ),
+    "drift.psnr_1": Metric("edit", "PSNR outside after turn 1", "likeness of what none of three turns touches", "dB"),
+    "drift.psnr_2": Metric("edit", "... after turn 2", "the same, the result edited again", "dB"),
+    "drift.psnr_3": Metric("edit", "... after turn 3", "the same, and again", "dB"),
+}
+"""Every scalar metric, in the order of the tables."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +141,8 @@ class Results:
         if self.by_kind:
             data[BY_KIND] = {kind: item.value for kind, item in self.by_kind.items()}
         data |= {
-            "intervals": {key: [item.low, item.high] for key, item in self.metrics.items()},
+            "intervals": {key: [item.low, item.high] for key, item in self.metrics.items()}
+            | ({BY_KIND: {kind: [item.low, item.high] for kind, item in self.by_kind.items()}} if self.by_kind else {}),
             "counts": {key: item.count for key, item in self.metrics.items()},
             "by_kind_detail": {kind: asdict(item) for kind, item in self.by_kind.items()},
         }
