@@ -113,6 +113,12 @@ COMMANDS: dict[str, Command] = {
         "unialign eval semgen-world --model nano --limit 100 --json",
         "configure_evaluate",
     ),
+    "ablate": Command(
+        "compare arms of a training recipe over seeds",
+        "ablate:ablate",
+        "unialign ablate configs/ablation.yaml --jobs 2",
+        "configure_ablate",
+    ),
     "card": Command(
         "write a model's card from its evaluation", "system:card", "unialign card --model nano", "configure_card"
     ),

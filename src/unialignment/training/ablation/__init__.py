@@ -1,0 +1,1 @@
+"""Arms of a training recipe compared over seeds at equal compute: plan, runs, measurements, statistics, report."""
