@@ -58,7 +58,7 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
             with gr.Column(visible=False) as given:
                 references = local_only(
                     gr.Gallery(
-                        label=f"Pictures to take subjects from (1 to {most}, in order)",
+                        label=f"Subjects: 1 to {most} pictures",
                         type="filepath", interactive=True, columns=4, height=180, sources=["upload", "clipboard"],
                         file_types=["image"], elem_id="create-references", buttons=[],
                     )
@@ -77,7 +77,7 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
                 for number, text in enumerate(EXAMPLES["compose"], 1):
                     button = gr.Button(text, size="sm", elem_id=f"compose-example-{number}")
                     button.click(
-                        lambda text=text: (text, pair), None, [prompt, references], queue=False,
+                        lambda text=text: (text, pair), None, [prompt, references],
                         show_progress="hidden", api_visibility="private",
                     )  # fmt: skip
             settings = settings_panel(ctx, "generate")
@@ -138,11 +138,11 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
     # `input`, not `change`: a link that sets the mode brings its own steps and guidance.
     mode.input(
         switch, mode, [given, other, words.dataset, settings.steps, settings.scales[0], prompt],
-        queue=False, show_progress="hidden", api_visibility="private",
+        show_progress="hidden", api_visibility="private",
     )  # fmt: skip
     mode.change(
         lambda mode: [gr.update(visible=MODES[mode] == "compose")] * 2 + [gr.update(visible=MODES[mode] != "compose")],
-        mode, [given, other, words.dataset], queue=False, show_progress="hidden", api_visibility="private",
+        mode, [given, other, words.dataset], show_progress="hidden", api_visibility="private",
     )  # fmt: skip
     every.select(pick, saved, [result, download], show_progress="hidden", api_visibility="private")
     runs(

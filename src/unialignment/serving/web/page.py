@@ -167,4 +167,4 @@ def _open_links(blocks: gr.Blocks, bar: gr.Tabs, tabs: Sequence[Tab]) -> None:
         return values
 
     blocks.load(fill, None, [bar, *(field.component for _, _, field in targets)], show_progress="hidden",
-                queue=False, api_visibility="private")  # fmt: skip
+                api_visibility="private")  # fmt: skip

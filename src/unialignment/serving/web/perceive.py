@@ -78,7 +78,7 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
 
     kind.change(
         lambda label: gr.update(visible=KINDS[label] == "segment"), kind, named,
-        queue=False, show_progress="hidden", api_visibility="private",
+        show_progress="hidden", api_visibility="private",
     )  # fmt: skip
     runs(
         look, run, stop, [source, kind, prompt, *settings.widgets],

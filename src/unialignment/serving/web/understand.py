@@ -83,7 +83,7 @@ def build(ctx: PageContext) -> Tab:
             *(gr.update(visible=task == name) for name in examples),
         ]
 
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     mode.change(switch, mode, [asking, prompt, *examples.values()], **quiet)
     mode.input(lambda label: ctx.default(MODES[label])["num_inference_steps"], mode, settings.steps, **quiet)
     runs(

@@ -168,7 +168,7 @@ def strip(
             )
             button.click(
                 functools.partial(change, str(path)), list(inputs), target, show_progress="hidden",
-                queue=False, api_visibility="private",
+                api_visibility="private",
             )  # fmt: skip
 
 
