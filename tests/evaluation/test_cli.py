@@ -12,6 +12,7 @@ from PIL import Image
 
 import unialignment
 from unialignment.cli import main
+from unialignment.evaluation import workers
 from unialignment.world.stream import WorldStream
 
 
@@ -49,6 +50,7 @@ def oracle(pack, nano, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("held-out edits need two styles: the artwork of `unialign world build --source npm`")
     stream = WorldStream(pack, nano, "held_out", 0)
     monkeypatch.setattr(unialignment, "load", lambda model, device=None: Oracle(stream), raising=False)
+    monkeypatch.setattr(workers, "cores", lambda: 1)  # other processes know no oracle
 
 
 def test_eval_prints_and_writes_the_same_json(oracle: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

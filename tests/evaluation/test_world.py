@@ -103,7 +103,7 @@ def test_an_oracle_scores_full_marks_on_every_key(results: Results) -> None:
 
 def test_every_item_has_a_seed_of_its_own(oracle: Oracle, results: Results) -> None:
     groups = ["generate", "generate", "edit", "edit"]
-    assert [call["task"] for call in oracle.calls] == [*TASKS, *groups, "edit", "edit", "edit"]
+    assert [call["task"] for call in oracle.calls] == [*TASKS, *groups, "edit", "edit", "edit"]  # the last three: turns
     assert all(call["seed"] == list(range(5, 13)) for call in oracle.calls[:-2])
     assert [call["seed"][0] for call in oracle.calls[-3:]] == [5, 1005, 2005]
 

@@ -51,7 +51,7 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     def vector(grams: _Grams) -> dict[tuple[str, ...], float]:
         return {gram: count * (log_items - math.log(max(1, frequency[gram]))) for gram, count in grams.items()}
 
-    scores = []
+    scores: list[float] = []
     for text, texts in zip(candidates, known, strict=True):
         given, length = vector(_grams(text)), len(words(text))
         total = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="held_out", choices=("held_out", "train"), help="which scenes")
     parser.add_argument("--preset", default="nano", help="world preset (default: nano)")
     parser.add_argument("--batch-size", type=int, default=16, help="items per call (default: 16)")
+    parser.add_argument(
+        "--workers", type=int, help="processes of semgen-world (default: 2 on a processor of two cores)"
+    )
     parser.add_argument("--steps", type=int, help="denoising steps for pictures (default: each task's own)")
     parser.add_argument("--guidance-scale", type=float, help="guidance for pictures (default: each task's own)")
     parser.add_argument("--no-references", action="store_true", help="leave out ceilings and floors")
@@ -72,39 +76,33 @@ def run(args: argparse.Namespace) -> int:
         return bench_cli.run(args)
     if args.limit is None:
         args.limit = WORLD_LIMIT
-    import unialignment
     from unialignment.evaluation.card import kind_table, metric_table
-    from unialignment.evaluation.judge import Judge
-    from unialignment.evaluation.world import GROUPS, PARTS, RETRIEVAL_POOL, evaluate
+    from unialignment.evaluation.workers import cores, run_parts
+    from unialignment.evaluation.world import GROUPS, PARTS, Settings, combine
 
     tasks = PARTS if args.tasks is None else tuple(name.strip() for name in args.tasks.split(","))
     tasks = tuple(part for name in tasks for part in (GROUPS if name == "semgen" else (name,)))
     if unknown := [name for name in tasks if name not in PARTS]:
         known = ", ".join((*PARTS, "semgen"))
         raise InputError(f"unknown task {', '.join(map(repr, unknown))}; expected some of {known}")
-    for name in ("limit", "batch_size"):
+    if args.workers is None:
+        args.workers = min(2, cores()) if args.device in (None, "cpu") and not _accelerated() else 1
+    for name in ("limit", "batch_size", "workers"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}; expected 1 or more")
-    pack, stream = _world(args.preset, args.split, args.seed)
-    pipe = unialignment.load(args.model, device=args.device)
-
-    def progress(name: str, seconds: float) -> None:
-        print(f"{name}: {seconds:.1f} s", file=sys.stderr)
-
-    results = evaluate(
-        pipe,
-        stream,
-        Judge(pack, stream.preset),
+    settings = Settings(
         limit=args.limit,
         seed=args.seed,
-        tasks=tasks,
-        model=args.model,
         batch_size=args.batch_size,
-        settings=_settings(args.steps, args.guidance_scale),
+        samplers=_settings(args.steps, args.guidance_scale),
         references=not args.no_references,
-        pool=RETRIEVAL_POOL if args.tasks is None else 0,
-        progress=progress,
     )
+    build = functools.partial(_contest, args.model, args.device, args.preset, args.split, args.seed)
+    parts = []
+    for part in run_parts(build, [name for name in PARTS if name in tasks], settings, args.workers):
+        print(f"{part.name}: {part.seconds:.1f} s", file=sys.stderr, flush=True)
+        parts.append(part)
+    results = combine(parts, _world(args.preset, args.split, args.seed)[1], settings, args.model)
     if args.out is not None:
         results.save(args.out)
     if args.json:
@@ -114,6 +112,21 @@ def run(args: argparse.Namespace) -> int:
         if results.by_kind:
             print("\n" + kind_table(results))
     return 0
+
+
+def _contest(model: str, device: str | None, preset_name: str, split: Split, seed: int) -> tuple[Any, Any, Any]:
+    """Pipeline, stream and judge; a function of plain values, for processes that are started for it."""
+    import unialignment
+    from unialignment.evaluation.judge import Judge
+
+    pack, stream = _world(preset_name, split, seed)
+    return unialignment.load(model, device=device), stream, Judge(pack, stream.preset)
+
+
+def _accelerated() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def _settings(steps: int | None, guidance: float | None) -> dict[str, dict[str, Any]]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unialignment.data.sample import Sample
+from unialignment.errors import InputError
 from unialignment.evaluation import semgen_world
 from unialignment.evaluation.cider import cider
 from unialignment.evaluation.contestants import (
@@ -26,7 +27,7 @@ from unialignment.evaluation.contestants import (
     Truth,
 )
 from unialignment.evaluation.judge import Judge, Output
-from unialignment.evaluation.metrics import MAX_PSNR, Estimate, estimate, mean_of_groups, psnr, recall_at
+from unialignment.evaluation.metrics import Estimate, estimate, mean_of_groups, psnr, recall_at
 from unialignment.evaluation.results import BY_KIND, Results, summarise
 from unialignment.evaluation.semgen_world import GROUPS
 
@@ -36,8 +37,11 @@ if TYPE_CHECKING:
 TASKS = ("caption", "answer", "infill", "generate", "edit", "perceive", "control", "compose")
 """Tasks that are judged, cheapest first."""
 
-PARTS = (*TASKS, *GROUPS, "turns")
-"""All that is judged item by item: the tasks, the four groups, and ``edit_multi`` told in three turns."""
+PARTS = (*TASKS, *GROUPS, "turns", "retrieval")
+"""All that is evaluated: the tasks, the four groups, ``edit_multi`` told in three turns, and retrieval."""
+
+CEILINGS, FLOORS = ("truth", "reconstruction"), ("copy", "random", "commonest")
+"""Who else is judged; see ``contestants``."""
 
 RETRIEVAL_POOL = 100
 """Pictures, and as many captions, among which the pair has to be found."""
@@ -116,12 +120,165 @@ def turn_scores(judge: Judge, contestant: Contestant, samples: Sequence[Sample],
     return rows
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate, as plain data.
+
+    Attributes:
+        limit: Items per task and group.
+        seed: Seed of the samplers (item ``i`` uses ``seed + i``) and of the bootstrap.
+        batch_size: Items per pipeline call.
+        samplers: Sampler settings by task.
+        references: Whether to score ceilings and floors too.
+        pool: Size of the retrieval pool.
+    """
+
+    limit: int = 100
+    seed: int = 0
+    batch_size: int = 16
+    samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    references: bool = True
+    pool: int = RETRIEVAL_POOL
+
+
+@dataclass(frozen=True)
+class Part:
+    """What came of one part of an evaluation; plain data, so that it may have been computed in another process.
+
+    Attributes:
+        name: One of :data:`PARTS`.
+        metrics: The model's estimates by key.
+        by_kind: Its answers by kind of question.
+        tables: Ceiling or floor, then key, to its mean.
+        marks: The model (``""``), ceiling or floor, to its overall mark of each item, for the four groups.
+        seconds: Time spent on the model's own outputs and their judging.
+        shortened: Prompts that were cut for the model.
+    """
+
+    name: str
+    metrics: dict[str, Estimate]
+    by_kind: dict[str, Estimate]
+    tables: dict[str, dict[str, float]]
+    marks: dict[str, list[float]]
+    seconds: float
+    shortened: int = 0
+
+
+def run_part(pipe: Any, stream: WorldStream, judge: Judge, name: str, settings: Settings) -> Part:
+    """Evaluate one part; it depends on nothing but its arguments.
+
+    Args:
+        pipe: A loaded pipeline.
+        stream: Items, normally of split ``"held_out"``.
+        judge: The judge of the same preset.
+        name: One of :data:`PARTS`.
+        settings: How.
+
+    Raises:
+        InputError: Unknown part.
+    """
+    if name not in PARTS:
+        raise InputError(f"unknown task {name!r}; expected one of {', '.join(PARTS)}")
+    start = time.perf_counter()
+    if name == "retrieval":
+        count = settings.pool
+        found = retrieval(pipe, [stream.sample("generate", index) for index in range(count)], settings.seed)
+        ideal, blind = dict.fromkeys(found, 1.0), {"retrieval.r1": 1 / count, "retrieval.r5": min(1.0, 5 / count)}
+        references = {"truth": ideal, "random": blind} if settings.references else {}
+        return Part(name, found, {}, references, {}, time.perf_counter() - start)
+    group = "edit_multi" if name == "turns" else name
+    if name in TASKS:
+        samples = held_out_samples(stream, name, settings.limit)
+    else:
+        samples = [semgen_world.group_sample(stream, group, index) for index in range(settings.limit)]
+    model = ModelContestant(pipe, settings.batch_size, settings.samplers)
+
+    def judged(who: Contestant) -> list[tuple[Sample, dict[str, float]]]:
+        if name == "turns":
+            return list(zip(samples, turn_scores(judge, who, samples, settings.seed), strict=True))
+        return _scored(judge, samples, who.outputs(samples, settings.seed))
+
+    own = judged(model)
+    seconds = time.perf_counter() - start
+    tables, marks = {}, {"": own}
+    for reference, who in _references(pipe, name).items() if settings.references else ():
+        marks[reference] = judged(who)
+        summary = summarise([row for _, row in marks[reference]], settings.seed)
+        tables[reference] = {key: item.value for key, item in summary.items()}
+        if name == "answer":
+            kinds = _by_kind(marks[reference], settings.seed)
+            tables[reference] |= {f"{BY_KIND}.{kind}": item.value for kind, item in kinds.items()}
+    key = f"semgen.{name}"
+    return Part(
+        name,
+        summarise([row for _, row in own], settings.seed),
+        _by_kind(own, settings.seed) if name == "answer" else {},
+        tables,
+        {who: [row[key] for _, row in rows] for who, rows in marks.items() if rows} if name in GROUPS else {},
+        seconds,
+        model.shortened,
+    )
+
+
+def _references(pipe: Any, name: str) -> dict[str, Contestant]:
+    if name == "turns":  # what another item's result, or the autoencoder, does in turns says nothing new
+        return {"truth": Truth(), "copy": CopySource()}
+    ceilings: dict[str, Contestant] = {"truth": Truth(), "reconstruction": Reconstruction(pipe)}
+    return {**ceilings, "copy": CopySource(), "random": RandomOther(), "commonest": Commonest()}
+
+
+def combine(parts: Sequence[Part], stream: WorldStream, settings: Settings, model: str = "") -> Results:
+    """Results of an evaluation from its parts, in any order; the four groups' mean is added when all four are there.
+
+    Args:
+        parts: The parts.
+        stream: Where the items came from.
+        settings: How they were evaluated.
+        model: Name for the report.
+    """
+    parts = sorted(parts, key=lambda part: PARTS.index(part.name))
+    metrics: dict[str, Estimate] = {}
+    by_kind: dict[str, Estimate] = {}
+    tables: dict[str, dict[str, float]] = {name: {} for name in (*CEILINGS, *FLOORS) if settings.references}
+    marks: dict[str, list[list[float]]] = {}
+    for part in parts:
+        metrics |= part.metrics
+        by_kind |= part.by_kind
+        for name, table in part.tables.items():
+            tables[name] |= table
+        for name, values in part.marks.items():
+            marks.setdefault(name, []).append(values)
+    for name, groups in marks.items():
+        if len(groups) == len(GROUPS):
+            overall = mean_of_groups(groups, settings.seed)
+            if name:
+                tables[name]["semgen.overall"] = overall.value
+            else:
+                metrics["semgen.overall"] = overall
+    used: dict[str, Any] = dict(settings.samplers)
+    if shortened := sum(part.shortened for part in parts):
+        used["shortened_prompts"] = shortened
+    return Results(
+        model=model,
+        preset=stream.preset.name,
+        split=stream.split,
+        seed=settings.seed,
+        limit=settings.limit,
+        metrics=metrics,
+        by_kind=by_kind,
+        ceilings={name: tables[name] for name in CEILINGS if name in tables},
+        floors={name: tables[name] for name in FLOORS if name in tables},
+        settings=used,
+        seconds={part.name: round(part.seconds, 2) for part in parts},
+    )
+
+
 def evaluate(
     pipe: Any,
     stream: WorldStream,
     judge: Judge,
     *,
-    limit: int = 200,
+    limit: int = 100,
     seed: int = 0,
     tasks: Sequence[str] = PARTS,
     model: str = "",
@@ -137,7 +294,7 @@ def evaluate(
         pipe: A loaded pipeline.
         stream: Items, normally of split ``"held_out"``.
         judge: The judge of the same preset.
-        limit: Items per task.
+        limit: Items per task and group.
         seed: Seed of the samplers (item ``i`` uses ``seed + i``) and of the bootstrap.
         tasks: Which of :data:`PARTS`.
         model: Name for the report.
@@ -147,84 +304,13 @@ def evaluate(
         pool: Size of the retrieval pool; 0 leaves retrieval out.
         progress: Told when a task is done.
     """
-    contestant = ModelContestant(pipe, batch_size, settings)
-    ceilings: dict[str, Contestant] = {"truth": Truth(), "reconstruction": Reconstruction(pipe)} if references else {}
-    floors: dict[str, Contestant] = (
-        {"copy": CopySource(), "random": RandomOther(), "commonest": Commonest()} if references else {}
-    )
-    everyone: dict[str, Contestant] = {"": contestant} | ceilings | floors
-    metrics: dict[str, Estimate] = {}
-    by_kind: dict[str, Estimate] = {}
-    tables: dict[str, dict[str, float]] = {name: {} for name in everyone}
-    marks: dict[str, dict[str, list[float]]] = {name: {} for name in everyone}
-    seconds: dict[str, float] = {}
-
-    def done(name: str, start: float) -> None:
-        seconds[name] = round(time.perf_counter() - start, 2)
+    chosen = Settings(limit, seed, batch_size, settings or {}, references, pool)
+    parts = []
+    for name in (name for name in PARTS if name in tasks and (pool or name != "retrieval")):
+        parts.append(run_part(pipe, stream, judge, name, chosen))
         if progress is not None:
-            progress(name, seconds[name])
-
-    for part in (name for name in PARTS if name in tasks):
-        start = time.perf_counter()
-        samples = _samples(stream, part, limit)
-        for name, who in everyone.items():
-            if part == "turns":
-                if name not in ("", "copy"):
-                    continue
-                scores = turn_scores(judge, who, samples, seed)
-            else:
-                judged = _scored(judge, samples, who.outputs(samples, seed))
-                scores = [row for _, row in judged]
-                if part == "answer" and judged:
-                    kinds = _by_kind(judged, seed)
-                    tables[name] |= {f"{BY_KIND}.{kind}": item.value for kind, item in kinds.items()}
-                    by_kind = by_kind or kinds  # the model is the first
-            summary = summarise(scores, seed)
-            tables[name] |= {key: item.value for key, item in summary.items()}
-            if part in GROUPS and scores:
-                marks[name][part] = [row[f"semgen.{part}"] for row in scores]
-            if name == "":
-                metrics |= summary
-                done(part, start)
-        if references and part == "turns":
-            tables["truth"] |= dict.fromkeys(("drift.psnr_1", "drift.psnr_2", "drift.psnr_3"), MAX_PSNR)
-            tables["truth"]["semgen.edit_multi_turns"] = tables["truth"].get("semgen.edit_multi", 10.0)
-    for name, groups in marks.items():
-        if set(groups) == set(GROUPS):
-            overall = mean_of_groups([groups[group] for group in GROUPS], seed)
-            tables[name]["semgen.overall"] = overall.value
-            if name == "":
-                metrics["semgen.overall"] = overall
-    if pool:
-        start = time.perf_counter()
-        metrics |= retrieval(pipe, [stream.sample("generate", index) for index in range(pool)], seed)
-        if references:
-            tables["truth"] |= {"retrieval.r1": 1.0, "retrieval.r5": 1.0}
-            tables["random"] |= {"retrieval.r1": 1 / pool, "retrieval.r5": min(1.0, 5 / pool)}
-        done("retrieval", start)
-    used: dict[str, Any] = dict(settings or {})
-    if contestant.shortened:
-        used["shortened_prompts"] = contestant.shortened
-    return Results(
-        model=model,
-        preset=stream.preset.name,
-        split=stream.split,
-        seed=seed,
-        limit=limit,
-        metrics=metrics,
-        by_kind=by_kind,
-        ceilings={name: tables[name] for name in ceilings},
-        floors={name: tables[name] for name in floors},
-        settings=used,
-        seconds=seconds,
-    )
-
-
-def _samples(stream: WorldStream, part: str, limit: int) -> list[Sample]:
-    if part in TASKS:
-        return held_out_samples(stream, part, limit)
-    group = "edit_multi" if part == "turns" else part
-    return [semgen_world.group_sample(stream, group, index) for index in range(limit)]
+            progress(name, parts[-1].seconds)
+    return combine(parts, stream, chosen, model)
 
 
 def _by_kind(judged: Sequence[tuple[Sample, dict[str, float]]], seed: int) -> dict[str, Estimate]:

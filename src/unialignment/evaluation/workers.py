@@ -1,0 +1,72 @@
+"""SemGen-World in several processes: each part of the evaluation is independent of the others.
+
+Knows how to hand parts out, nothing of what they are. Every process loads the model and the artwork for itself, and
+computes with its share of the cores; the results do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+from unialignment.evaluation.world import Part, Settings, run_part
+
+Build = Callable[[], tuple[Any, Any, Any]]
+"""Makes pipeline, stream and judge; called once in every process, so it must be picklable."""
+
+_made: tuple[Any, Any, Any] | None = None
+
+
+def run_parts(build: Build, names: Sequence[str], settings: Settings, workers: int) -> Iterator[Part]:
+    """Parts as they are done.
+
+    Args:
+        build: See :data:`Build`.
+        names: Which parts.
+        settings: How.
+        workers: Number of processes; 1: this one.
+    """
+    if workers == 1:
+        pipe, stream, judge = build()
+        for name in names:
+            yield run_part(pipe, stream, judge, name, settings)
+        return
+    threads = max(1, cores() // workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(build, threads)) as pool:
+        # The longest ones first, so that no process is left with one at the end.
+        order = sorted(names, key=lambda name: _LENGTHS.get(name, 1.0), reverse=True)
+        for future in as_completed([pool.submit(_run, name, settings) for name in order]):
+            yield future.result()
+
+
+_LENGTHS = {
+    "turns": 3.0,
+    "compose": 1.5,
+    "perceive": 0.3,
+    "caption": 0.1,
+    "answer": 0.1,
+    "infill": 0.1,
+    "retrieval": 0.1,
+}
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start(build: Build, threads: int) -> None:
+    global _made
+    import torch
+
+    torch.set_num_threads(threads)
+    _made = build()
+
+
+def _run(name: str, settings: Settings) -> Part:
+    assert _made is not None
+    return run_part(*_made, name, settings)

@@ -1,0 +1,26 @@
+"""An evaluation in two processes gives what one process gives."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from unialignment.evaluation.cli import _contest, _world
+from unialignment.evaluation.workers import run_parts
+from unialignment.evaluation.world import Settings, combine
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(pack, nano, repo_root: Path) -> None:
+    if len(nano.styles) < 2:
+        pytest.skip("held-out edits need two styles: the artwork of `unialign world build --source npm`")
+    settings = Settings(limit=2, seed=4, pool=4)
+    build = functools.partial(_contest, "nano", "cpu", "nano", "held_out", 4)
+    names = ["caption", "answer", "retrieval"]
+    _, stream = _world("nano", "held_out", 4)
+    one, two = (combine(list(run_parts(build, names, settings, n)), stream, settings) for n in (1, 2))
+    assert one.metrics == two.metrics
+    assert (one.by_kind, one.ceilings, one.floors) == (two.by_kind, two.ceilings, two.floors)
+    assert list(one.seconds) == names
