@@ -286,3 +286,18 @@ def test_worker_explains_mistakes(write, capsys, monkeypatch) -> None:
     path.write_text("kind: ablation\n")
     assert worker.main([str(path), "none", "0"]) == 2
     assert "compute" in capsys.readouterr().err
+
+
+def test_records_outlive_new_settings_but_not_changed_ones(write) -> None:
+    path = write()
+    marks = [
+        worker.fingerprint(next(plan(config)), config.measure)
+        for config in (
+            load_ablation(path),
+            load_ablation(path, ["train.prompt_dropout=0.1", "measure.leak=true"]),  # defaults, said aloud
+            load_ablation(path, ["train.run.threads=1", f"dir={path.parent / 'elsewhere'}"]),
+            load_ablation(path, ["train.prompt_dropout=0.2", "measure.leak=false"]),
+        )
+    ]
+    assert marks[0] == marks[1] == marks[2]
+    assert marks[0]["train"] != marks[3]["train"] and marks[0]["measure"] != marks[3]["measure"]

@@ -81,12 +81,18 @@ def held_out_pairs(config: Any, count: int, seed: int, split: Any = "held_out") 
 
 
 def fingerprint(run: Run, measure: MeasureSection) -> dict[str, str]:
-    """What a record came about from: digests of the training configuration and of what was measured."""
-    train = run.config.model_dump(mode="json")
-    train["run"] = {k: v for k, v in train["run"].items() if k not in ("threads", "dir", "name", "fresh")}
-    train["teacher"].pop("cache", None)
-    train["text"].pop("tokenizer", None)
-    return {"train": _digest(train), "measure": _digest(measure.model_dump(mode="json"))}
+    """What a record came about from: digests of the training configuration and of what was measured.
+
+    Defaults are left out, so that settings which a later version adds don't disown earlier records, and so are folders.
+    """
+    train = run.config.model_dump(mode="json", exclude_defaults=True)
+    for section, names in (
+        ("run", ("threads", "dir", "name", "fresh")),
+        ("teacher", ("cache",)),
+        ("text", ("tokenizer",)),
+    ):
+        train[section] = {key: value for key, value in train.get(section, {}).items() if key not in names}
+    return {"train": _digest(train), "measure": _digest(measure.model_dump(mode="json", exclude_defaults=True))}
 
 
 def _digest(data: Any) -> str:
