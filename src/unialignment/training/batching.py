@@ -104,12 +104,13 @@ def collate(
     Raises:
         InputError: a text is longer than its task's canvas, or pictures of one batch differ in size.
     """
-    groups: dict[tuple[str, int, int], list[Sample]] = {}
+    groups: dict[tuple[str, int, int, tuple[tuple[int, ...], ...]], list[Sample]] = {}
     for sample in samples:
         task = TASKS.get(sample.task)
-        groups.setdefault((task.target, len(sample.sources), task.target_length), []).append(sample)
+        shapes = tuple(image.shape for image in (sample.target_image, *sample.sources) if image is not None)
+        groups.setdefault((task.target, len(sample.sources), task.target_length, shapes), []).append(sample)
     batches = []
-    for (target, source_count, length), group in sorted(groups.items()):
+    for (target, source_count, length, _), group in sorted(groups.items()):
         # A text with gaps is no condition: its words stand in the target's canvas, where they are never masked.
         gaps = [TASKS.get(sample.task).gaps for sample in group]
         prompts = ["" if gap else sample.prompt for gap, sample in zip(gaps, group, strict=True)]

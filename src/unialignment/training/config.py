@@ -26,6 +26,14 @@ def _on_off(value: Any) -> Any:
 
 Compile = Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+_TASK_NAMES = ("generate", "caption", "answer", "edit", "perceive", "control", "compose", "infill")
+
+
+def _known_task(name: str, section: str) -> None:
+    if name not in _TASK_NAMES:
+        near = difflib.get_close_matches(name, _TASK_NAMES, n=1, cutoff=0.4)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{section}: unknown task {name!r}{hint} (known: {', '.join(_TASK_NAMES)})")
 
 
 class Section(BaseModel):
@@ -51,8 +59,16 @@ class RunSection(Section):
     max_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps.")
     checkpoint_minutes: float = Field(5.0, gt=0, description="Minutes between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    keep_best: int = Field(0, ge=0, description="Checkpoints of the best validations to keep besides.")
     fresh: bool = Field(False, description="Start over, removing the run folder's checkpoints, instead of resuming.")
-    max_skipped_steps: int = Field(50, ge=0, description="Steps skipped for a non-finite loss before the run stops.")
+    max_skipped_steps: int = Field(50, ge=0, description="Steps skipped by the guard before the run stops.")
+    spike_factor: float | None = Field(
+        20.0, gt=1, description="Skip steps whose gradient norm is this many times the recent median; null: never."
+    )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="With several processes: copies of the model, or its shards. auto: what the launcher says."
+    )
+    timeout_minutes: float = Field(30.0, gt=0, description="How long processes wait for one another.")
 
     @model_validator(mode="after")
     def _has_end(self) -> RunSection:
@@ -107,6 +123,59 @@ class DataSection(Section):
 
     workers: int = Field(1, ge=0, description="Background processes; 0: prepare samples in the training process.")
     prefetch: int = Field(4, ge=1, description="Batches kept ready per worker.")
+
+
+class SourceSection(Section):
+    """One source of a user's own data."""
+
+    path: str = Field("", description="File, folder, pattern such as 'shards/*.tar', or a data set's name.")
+    format: Literal["auto", "jsonl", "parquet", "webdataset", "dataset", "world"] = Field(
+        "auto", description="auto: by the files' ending. dataset: a saved or named data set. world: the sprite world."
+    )
+    split: str = Field("train", min_length=1, description="Split of a named data set.")
+    streaming: bool = Field(False, description="Read forward only, nothing copied to disk.")
+    tasks: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Only these tasks; says what picture-to-picture rows are for (default: edit)."
+    )
+    weight: float = Field(1.0, gt=0, description="Share among the sources that serve a task.")
+    root: Path | None = Field(None, description="Folder of the pictures. Default: the manifest's.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Our column names to theirs.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> SourceSection:
+        if self.format != "world" and not self.path:
+            raise ValueError("path: name a file, folder, pattern or data set (or use format: world)")
+        if self.format == "world" and (self.path or self.streaming):
+            raise ValueError("format=world takes neither path nor streaming; the world section says which world")
+        for task in self.tasks or ():
+            _known_task(task, "tasks")
+        return self
+
+
+class SamplesSection(DataSection):
+    """How samples reach the training step, and where they come from if not from the sprite world alone."""
+
+    sources: tuple[SourceSection, ...] = Field((), description="Own data; empty: the sprite world.")
+    validation: tuple[SourceSection, ...] = Field((), description="Own held-out data. Default: held-out rows.")
+    held_out: float = Field(0.02, ge=0, lt=1, description="Share of local rows kept for validation.")
+    resolution: int = Field(64, ge=8, description="Side of own pictures in pixels; with buckets, of the square one.")
+    buckets: bool = Field(False, description="Keep about the shape of own pictures instead of cutting squares.")
+    bucket_step: int = Field(16, ge=1, description="Sides of buckets are multiples of this many pixels.")
+    max_ratio: float = Field(2.0, ge=1, description="Longest side of a bucket over its shortest.")
+    fit: Literal["crop", "pad"] = Field("crop", description="Fill the frame and cut, or show all on white.")
+    max_pixels: int = Field(100_000_000, ge=1, description="Own pictures with more pixels are refused by their header.")
+    max_bad: Fraction = Field(0.1, description="Share of unusable rows past which the run stops.")
+    exclude: Path | None = Field(None, description="Quarantine list of rows to leave out.")
+    shuffle_block: int = Field(256, ge=1, description="Rows shuffled among one another in streamed data.")
+    cache: Path | None = Field(None, description="Feature cache made by unialign cache.")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> SamplesSection:
+        if self.sources and self.buckets and self.resolution % self.bucket_step:
+            raise ValueError(f"resolution={self.resolution} must be a multiple of bucket_step={self.bucket_step}")
+        if any(source.format == "world" for source in self.validation):
+            raise ValueError("validation takes own data; for the sprite world alone leave data.sources empty")
+        return self
 
 
 class AutoencoderLossSection(Section):
@@ -209,6 +278,9 @@ class LossSection(Section):
     published_projector: bool = False
     projector_dim: int = Field(512, ge=8)
     draws: int = Field(1, ge=1, description="Noise levels per target and step, sharing one encoding of its conditions.")
+    negatives: Literal["micro_batch", "step"] = Field(
+        "micro_batch", description="What a contrastive pair is told apart from; step: all of the step's (GradCache)."
+    )
 
 
 class FlowSection(Section):
@@ -232,6 +304,10 @@ class LoggingSection(Section):
     """What is recorded, and how often."""
 
     tensorboard: bool = True
+    trackers: tuple[Literal["wandb", "trackio"], ...] = Field((), description="Further trackers to write to.")
+    gradient_norms_every: int | None = Field(
+        None, ge=1, description="Steps between measurements of each loss's own gradient norm; null: never."
+    )
     log_every: int = Field(20, ge=1, description="Steps between log lines.")
     validation_minutes: float = Field(5.0, gt=0, description="Minutes between validations.")
     validation_steps: int | None = Field(None, ge=1, description="Steps between validations, instead of minutes.")
@@ -262,13 +338,15 @@ class TransformerConfig(Section):
         default_factory=dict, description="Loss weight by task; 1 where absent."
     )
     prompt_dropout: Fraction = Field(0.1, description="Share of image targets trained without prompt, for guidance.")
-    micro_batches: int = Field(1, ge=1, description="Micro-batches per optimizer step; gradients are averaged.")
+    micro_batches: int = Field(
+        1, ge=1, description="Micro-batches per optimizer step, of all processes together; gradients are averaged."
+    )
     loss: LossSection = Field(default_factory=LossSection)
     flow: FlowSection = Field(default_factory=FlowSection)
     masked: MaskedSection = Field(default_factory=MaskedSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     ema: EmaSection = Field(default_factory=EmaSection)
-    data: DataSection = Field(default_factory=DataSection)
+    data: SamplesSection = Field(default_factory=SamplesSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
     sampling: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Sampler defaults by task, stored with the weights."
@@ -282,13 +360,9 @@ class TransformerConfig(Section):
             raise ValueError("lora.rank: a LoRA changes a trained model, name one with model.initial")
         if self.lora.rank and self.lora.base_precision == "bf16" and self.run.precision != "bf16":
             raise ValueError("lora.base_precision=bf16 needs run.precision=bf16")
-        known = ("generate", "caption", "answer", "edit", "perceive", "control", "compose", "infill")
         for section in ("mixture", "task_weights"):
             for name in getattr(self, section):
-                if name not in known:
-                    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-                    hint = f", did you mean {near[0]!r}?" if near else ""
-                    raise ValueError(f"{section}: unknown task {name!r}{hint} (known: {', '.join(known)})")
+                _known_task(name, section)
         return self
 
 

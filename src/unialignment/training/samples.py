@@ -1,11 +1,13 @@
 """What every training step sees: micro-batch ``i`` as a pure function of ``i``.
 
-Draws the mixture's samples from the scene world and collates them, inside a data worker. Knows nothing of models.
+Draws the mixture's samples from the scene world or from the user's own data and collates them, inside a data worker.
+Knows nothing of models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unialignment.data.layouts import PAIR_TASKS
+from unialignment.data.mixture import DataSettings, SourceSpec, UserStream
+from unialignment.data.quarantine import BadRow, Quarantine
 from unialignment.data.sample import Sample
-from unialignment.errors import InputError
+from unialignment.errors import AssetError, ConfigError, InputError
 from unialignment.model.tokenizer import TextTokenizer
 from unialignment.tasks import TASKS
 from unialignment.training.batching import Batch, collate
-from unialignment.training.config import TransformerConfig
+from unialignment.training.config import SourceSection, TransformerConfig
 
 VALIDATION_SEED = 20_000_003
 """Seed of the validation samples; the same for every run, so that runs compare."""
@@ -84,6 +89,136 @@ def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], 
     )
 
 
+QUARANTINE = "quarantine.jsonl"
+"""List of unusable rows, in the run folder."""
+
+
+class WorldSamples:
+    """The sprite world's stream, with substitutes, and with a pool of scenes where embeddings are kept of them."""
+
+    def __init__(self, stream: Any, pool: int | None = None) -> None:
+        self.stream, self.pool = stream, pool
+
+    def sample(self, task: str, number: int, attempt: int = 0) -> Sample:
+        """The sample of a task at a number; ``attempt`` above 0 gives a substitute."""
+        sample: Sample = self.stream.sample(task, self.place(number, attempt))
+        return sample
+
+    def place(self, number: int, attempt: int = 0) -> int:
+        """The stream's index behind a number."""
+        return (number % self.pool if self.pool else number) + attempt * _ELSEWHERE
+
+
+def source_specs(sections: tuple[SourceSection, ...]) -> list[SourceSpec]:
+    """Sources of a configuration as the data room's plain values."""
+    return [SourceSpec(**dict(section)) for section in sections]
+
+
+def data_settings(config: TransformerConfig) -> DataSettings:
+    """How a configuration turns rows into samples."""
+    names = ("resolution", "buckets", "bucket_step", "max_ratio", "fit", "max_pixels", "held_out", "shuffle_block")
+    return DataSettings(**{name: getattr(config.data, name) for name in names})
+
+
+def open_data(
+    config: TransformerConfig,
+    tokenizer: TextTokenizer | None = None,
+    split: Literal["train", "held_out"] = "train",
+    pool: int | None = None,
+) -> Any:
+    """What samples are drawn from: the world's stream, or the user's sources.
+
+    Args:
+        config: The configuration.
+        tokenizer: Says which words ``infill`` can leave out.
+        split: ``held_out``: the rows or scenes for validation.
+        pool: Scenes of the world to draw from, where something is kept for each.
+
+    Raises:
+        AssetError, InputError, ConfigError: a source can't be used.
+    """
+    data = config.data
+    seed = config.run.seed if split == "train" else VALIDATION_SEED
+    world = (
+        WorldSamples(open_stream(config, config.world.split if split == "train" else split, seed), pool)
+        if not data.sources or any(source.format == "world" for source in data.sources)
+        else None
+    )
+    if not data.sources:
+        return world
+    chunks = {task: count if split == "train" else 1 for task, count in config.mixture.items() if count}
+    own = split == "held_out" and data.validation
+    return UserStream(
+        source_specs(data.validation if own else data.sources),
+        data_settings(config),
+        chunks,
+        seed,
+        None if own else split,
+        Quarantine(config.run.folder / QUARANTINE, data.max_bad),
+        data.exclude,
+        config.run.folder / "data-position",
+        world=None if world is None else lambda: world,
+        whole=None if tokenizer is None else tokenizer.is_whole,
+    )
+
+
+def picture_side(config: TransformerConfig, held_out: dict[str, list[Sample]]) -> int:
+    """Side in pixels of the (square) pictures that the model is built for."""
+    if config.data.sources:
+        return config.data.resolution
+    first = next(iter(held_out.values()))[0]
+    picture = first.target_image if first.target_image is not None else first.sources[0]
+    return int(picture.shape[0])
+
+
+DATA_IDENTITY = ("sources", "held_out", "resolution", "buckets", "bucket_step", "max_ratio", "fit", "exclude",
+                 "shuffle_block")  # fmt: skip
+"""Keys of the data section that the meaning of a data position depends on."""
+
+
+def check_same_data(now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Refuses to resume a run on other data: its position would lose its meaning.
+
+    Args:
+        now: The configuration as plain values.
+        then: The checkpoint's.
+
+    Raises:
+        ConfigError: a key that matters has changed.
+    """
+    before = then.get("data", {})
+    if not now["data"]["sources"] and not before.get("sources"):
+        return
+    changed = [key for key in DATA_IDENTITY if now["data"][key] != before.get(key)]
+    if changed:
+        raise ConfigError(
+            f"the run was begun with another data.{changed[0]}: its position in the data would lose its meaning. Use a "
+            "new run.dir, or run.fresh=true to start over in this one."
+        )
+
+
+def training_texts(config: TransformerConfig, limit: int) -> Any:
+    """Texts of the user's sources for training a tokenizer, or ``None`` where there are no sources.
+
+    The corpus is part of the tokenizer's identity, so its order doesn't follow the run's seed.
+    """
+    own = tuple(source for source in config.data.sources if source.format != "world")
+    if not own:
+        return None
+    chunks = {task: count for task, count in config.mixture.items() if count}
+    served: dict[str, int] = {}
+    for task, count in chunks.items():
+        try:
+            UserStream(
+                source_specs(own), data_settings(config), {task: count}, 0, "train", excluded=config.data.exclude
+            )
+            served[task] = count
+        except AssetError:
+            continue  # the sprite world serves it
+    stream = UserStream(source_specs(own), data_settings(config), served, 0, "train", excluded=config.data.exclude)
+    return stream.texts(limit)
+
+
 @dataclass(frozen=True)
 class StepSource:
     """Builds the producer of micro-batches inside a data worker.
@@ -109,7 +244,6 @@ class StepProducer:
     def __init__(self, source: StepSource) -> None:
         config = source.config
         self.config = config
-        self.stream = open_stream(config, config.world.split, config.run.seed)
         self.tokenizer = TextTokenizer.from_pretrained(source.tokenizer)
         self.mixture = {task: count for task, count in config.mixture.items() if count}
         self.stride = max(self.mixture.values())
@@ -118,19 +252,16 @@ class StepProducer:
             from unialignment.alignment.cache import TeacherCache
 
             self.cache = TeacherCache(source.teacher)
+        self.stream = open_data(config, self.tokenizer, pool=config.teacher.pool if self.cache is not None else None)
 
     def __call__(self, index: int) -> Micro:
         samples: list[Sample] = []
         replaced: dict[str, int] = {}
-        for task, count in self.mixture.items():
-            for slot in range(count):
-                # One stride for all tasks: those that show the same scene at the same index meet in one micro-batch,
-                # which is where the contrastive loss finds its pairs.
-                number = index * self.stride + slot
-                sample, tries = self.sample(task, number)
-                samples.append(sample)
-                if tries:
-                    replaced[task] = replaced.get(task, 0) + tries
+        for task, slot in self.slots():
+            sample, tries = self.sample(task, self.number(task, index, slot))
+            samples.append(sample)
+            for reason, count in tries.items():
+                replaced[reason] = replaced.get(reason, 0) + count
         batches = collate(
             samples,
             self.tokenizer,
@@ -141,18 +272,42 @@ class StepProducer:
         )
         return batches, replaced
 
-    def sample(self, task: str, number: int) -> tuple[Sample, int]:
-        """A sample whose texts fit, and how many did not before it.
+    def slots(self) -> list[tuple[str, int]]:
+        """Task and place of every sample of a micro-batch."""
+        return [(task, slot) for task, count in self.mixture.items() for slot in range(count)]
+
+    def number(self, task: str, index: int, slot: int) -> int:
+        """The number, among a task's samples, of a slot of micro-batch ``index``."""
+        if isinstance(self.stream, UserStream):
+            return index * self.stream.chunks[task] + slot
+        # One stride for all tasks: those that show the same scene at the same index meet in one micro-batch,
+        # which is where the contrastive loss finds its pairs.
+        return index * self.stride + slot
+
+    def sample(self, task: str, number: int) -> tuple[Sample, dict[str, int]]:
+        """A sample whose row can be read and whose texts fit, and how many could not or did not before it.
 
         Raises:
             InputError: none of several samples fits.
+            AssetError: too many rows of the user's data are unusable.
         """
-        if self.cache is not None:
-            number %= self.config.teacher.pool
+        tries: dict[str, int] = {}
+        last: Exception | None = None
         for attempt in range(20):
-            sample: Sample = self.stream.sample(task, number + attempt * _ELSEWHERE)
+            try:
+                sample: Sample = self.stream.sample(task, number, attempt)
+            except BadRow as error:
+                last = error
+                tries[f"{task} (unusable row)"] = tries.get(f"{task} (unusable row)", 0) + 1
+                continue
             if fits(sample, self.tokenizer, self.config.text.max_length):
-                return sample if not attempt else replace(sample, pair_id=None), attempt
+                return sample if not attempt else replace(sample, pair_id=None), tries
+            tries[task] = tries.get(task, 0) + 1
+        if last is not None:
+            raise AssetError(
+                f"20 rows in a row could not be used for {task}; the last: {last}. Check the data with "
+                "`unialign data check`."
+            )
         raise InputError(
             f"20 {task} samples in a row have texts that do not fit: longer than text.max_length="
             f"{self.config.text.max_length} tokens or the task's canvas, or gaps in words of several tokens; "
@@ -171,11 +326,41 @@ class StepProducer:
 
 
 def teacher_inputs(samples: list[Sample]) -> tuple[list[Any], list[str]]:
-    """Picture and canonical caption of paired samples: what the teachers embed."""
+    """Picture and (canonical) caption of paired samples: what the teachers embed."""
+    pictures = [s.target_image if s.target_image is not None else s.sources[0] for s in samples]
+    return pictures, [teacher_text(sample) for sample in samples]
+
+
+def teacher_text(sample: Sample) -> str:
+    """The caption of a paired sample that a text teacher embeds."""
+    if "scene" not in sample.meta:
+        return str(sample.meta["caption"])
     from unialignment.world.captions import describe_canonical
 
-    pictures = [s.target_image if s.target_image is not None else s.sources[0] for s in samples]
-    return pictures, [describe_canonical(s.meta["scene"]).text for s in samples]
+    return describe_canonical(sample.meta["scene"]).text
+
+
+def paired_samples(config: TransformerConfig, report: Callable[[str], None]) -> Any:
+    """Every sample that a teacher has to embed, once: the pool of scenes and the paired rows of own data.
+
+    Raises:
+        ConfigError: a source is streamed.
+    """
+    sources = config.data.sources
+    if any(source.streaming for source in sources):
+        raise ConfigError("teacher.name needs data that can be read more than once: set streaming=false, or no teacher")
+    if not sources or any(source.format == "world" for source in sources):
+        stream = open_stream(config, config.world.split, config.run.seed)
+        report(f"Teacher {config.teacher.name}: embedding up to {config.teacher.pool} scenes, once.")
+        for index in range(config.teacher.pool):
+            yield stream.sample("generate", index)
+    if sources:
+        chunks = {task: count for task, count in config.mixture.items() if count}
+        stream = open_data(config)
+        task = next((task for task in PAIR_TASKS if task in chunks), None)
+        if task is not None:
+            report(f"Teacher {config.teacher.name}: embedding the rows of {task}, once.")
+            yield from stream.every(task)
 
 
 def fill_teacher_cache(config: TransformerConfig, folder: Path, report: Callable[[str], None]) -> tuple[int, int]:
@@ -188,32 +373,50 @@ def fill_teacher_cache(config: TransformerConfig, folder: Path, report: Callable
     from unialignment.alignment.teachers import load_teacher
 
     assert config.teacher.name is not None
-    stream = open_stream(config, config.world.split, config.run.seed)
     with TeacherCache(folder, load_teacher(config.teacher.name)) as cache:
-        if len(cache) < 2 * config.teacher.pool:
-            report(f"Teacher {config.teacher.name}: embedding up to {config.teacher.pool} scenes, once.")
-        for start in range(0, config.teacher.pool, 64):
-            stop = min(start + 64, config.teacher.pool)
-            pictures, texts = teacher_inputs([stream.sample("generate", i) for i in range(start, stop)])
+        for group in batched(paired_samples(config, report), 64):
+            pictures, texts = teacher_inputs(group)
             cache.embed_images(pictures)
             cache.embed_texts(texts)
         cache.flush()
         return cache.image_dim, cache.text_dim
 
 
+def batched(items: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    """Lists of up to ``size`` consecutive items."""
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
 def validation_samples(config: TransformerConfig, tokenizer: TextTokenizer) -> dict[str, list[Sample]]:
-    """Held-out samples of every task of the mixture, the same for all runs on this world."""
-    stream = open_stream(config, "held_out", VALIDATION_SEED)
+    """Held-out samples of every task of the mixture, the same for all runs on this data.
+
+    Raises:
+        AssetError: own data has no held-out rows for a task.
+    """
+    stream = open_data(config, tokenizer, "held_out")
     result: dict[str, list[Sample]] = {}
     for task, count in config.mixture.items():
         if not count:
             continue
         chosen: list[Sample] = []
         index = 0
-        while len(chosen) < config.logging.validation_samples and index < 50 * config.logging.validation_samples:
-            sample = stream.sample(task, index)
+        limit = 50 * config.logging.validation_samples
+        if isinstance(stream, UserStream):
+            limit = min(limit, stream.epoch_length(task) or limit)
+        while len(chosen) < config.logging.validation_samples and index < limit:
             index += 1
+            try:
+                sample = stream.sample(task, index - 1)
+            except BadRow:
+                continue
             if fits(sample, tokenizer, config.text.max_length):
                 chosen.append(sample)
+        if not chosen:
+            raise AssetError(
+                f"none of the {limit} held-out samples of {task} can be used: their texts don't fit the model's canvas "
+                "or their rows can't be read. Check the data with `unialign data check`."
+            )
         result[task] = chosen
     return result

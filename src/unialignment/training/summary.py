@@ -26,7 +26,7 @@ def summarise(
         metrics: The run's ``metrics.jsonl``.
         validations: Scores of each validation, with their ``step``.
         skipped: Steps skipped for a loss that was not finite.
-        replaced: Samples replaced because a text did not fit, by task.
+        replaced: Samples replaced because a text did not fit or a row could not be used, by task.
     """
     per_micro = sum(config.mixture.values())
     seen = progress.step * config.micro_batches
@@ -94,7 +94,7 @@ def summarise(
         troubles.append(f"{skipped} steps were skipped because the loss or gradient was not finite.")
     if replaced:
         listed = ", ".join(f"{count} {task}" for task, count in sorted(replaced.items()))
-        troubles.append(f"Samples replaced because a text did not fit the tokens it may have: {listed}.")
+        troubles.append(f"Samples replaced because a text did not fit the tokens it may have, or a row could not be used: {listed}.")
     lines += ["## Irregularities", "", " ".join(troubles) or "None.", ""]
     return "\n".join(lines)
 
