@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BUNDLED = (ROOT / "src/unialignment/weights/nano/model_index.json").exists()
 needs_weights = pytest.mark.skipif(not BUNDLED, reason="no bundled weights in this checkout")
-LONG_RUNNING = {"train", "eval", "card", "world", "demo"}
+LONG_RUNNING = {"train", "eval", "card", "world", "demo", "serve"}
 
 
 def blocks(page: Path, language: str) -> list[str]:

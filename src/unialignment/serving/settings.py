@@ -17,11 +17,18 @@ class ServerSettings:
         host: Address to listen on; only this machine unless given.
         port: TCP port; 0 takes a free one.
         api_keys: Keys of which every request under ``/v1`` must carry one; none: no key is asked for.
+        aliases: Further names under which the model is found, for applications whose model name can't be changed.
         max_body_bytes: Largest request body.
+        max_held_bytes: Bodies of all requests being handled, together.
         max_images: Most pictures in one request.
         max_n: Most results of one request.
         max_prompt_characters: Longest text.
+        max_output_pixels: Largest width × height of a picture that is enlarged to the size asked for.
+        header_timeout: Seconds in which a connection's first request must have begun and its headers arrived.
         body_timeout: Seconds in which a request's body must have arrived.
+        send_timeout: Seconds that a client may take to accept a piece of a response.
+        ping_seconds: A stream without news is kept alive by a comment this often.
+        max_connections: Connections at once; further ones are answered 503.
         allow_urls: Whether the server fetches pictures from http(s) URLs.
         web: Whether to mount the web page.
         title: Name shown in the documentation.
@@ -31,11 +38,18 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    aliases: tuple[str, ...] = ()
     max_body_bytes: int = 32 * 2**20
+    max_held_bytes: int = 256 * 2**20
     max_images: int = 16
     max_n: int = 8
     max_prompt_characters: int = 8_000
+    max_output_pixels: int = 2048 * 2048
+    header_timeout: float = 20.0
     body_timeout: float = 30.0
+    send_timeout: float = 60.0
+    ping_seconds: float = 15.0
+    max_connections: int = 512
     allow_urls: bool = False
     web: bool = True
     title: str = "UniAlignment"
