@@ -208,6 +208,11 @@ def test_a_stopped_process_stops_the_ablation(write, pretend) -> None:
     assert "stopped and saved" in said[-1]
 
 
+def test_an_unknown_measurement_is_found_before_anything_runs(write) -> None:
+    with pytest.raises(ConfigError, match=r"unknown captoin; expected some of caption"):
+        driver.run_all(load_ablation(write(measure={"tasks": ["captoin"]})))
+
+
 def test_two_drivers_do_not_meet(write) -> None:
     config = load_ablation(write())
     with run_lock(config.dir), pytest.raises(StorageError, match="in use"):

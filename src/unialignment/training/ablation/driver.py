@@ -17,7 +17,7 @@ from typing import IO
 
 import yaml
 
-from unialignment.errors import UniAlignmentError
+from unialignment.errors import ConfigError, UniAlignmentError
 from unialignment.evaluation.records import run_lock
 from unialignment.storage import write_text
 from unialignment.training.ablation.config import AblationConfig, Run, plan
@@ -39,9 +39,14 @@ def run_all(config: AblationConfig, say: Say = print, in_process: bool = False) 
         Whether everything is finished; ``False`` if a signal stopped it.
 
     Raises:
+        ConfigError: a task to be measured doesn't exist.
         UniAlignmentError: a run failed; the others' results are kept.
         StorageError: another process runs this ablation.
     """
+    from unialignment.evaluation.world import PARTS
+
+    if unknown := [name for name in config.measure.tasks if name not in PARTS]:
+        raise ConfigError(f"measure.tasks: unknown {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
     runs = list(plan(config))
     with run_lock(config.dir):
         resolved = config.dir / "ablation.yaml"

@@ -193,7 +193,7 @@ def measure_run(
         Judge(pack, preset(run.config.world.preset, pack)),
         limit=options.limit,
         seed=options.seed,
-        tasks=options.tasks,
+        tasks=(*options.tasks, "retrieval"),
         model=run.name,
         batch_size=options.batch_size,
         settings={task: dict(given) for task in ("generate", "edit", "perceive", "control", "compose")},
