@@ -89,6 +89,12 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "train a model", "system:train", "unialign train configs/nano.yaml optimizer.lr=5e-4", "configure_train"
     ),
+    "data": Command(
+        "check a data set of your own: counts, sizes, examples, what is wrong",
+        "data:run",
+        "unialign data check examples/data/editing/manifest.jsonl",
+        "configure",
+    ),
     "merge": Command(
         "write a model with a LoRA added to its weights",
         "weights:merge",
@@ -128,6 +134,18 @@ COMMANDS: dict[str, Command] = {
         "system:info",
         "unialign info nano",
         "configure_info",
+    ),
+    "bench": Command(
+        "measure time, memory and operations of the tasks",
+        "bench:bench",
+        "unialign bench --size 100M --pixels 256",
+        "configure",
+    ),
+    "serve": Command(
+        "serve the OpenAI-compatible API and the web page on one port",
+        "serve:serve",
+        "unialign serve --port 8000 --model nano",
+        "configure",
     ),
     "demo": Command("run every task once and write a page with the results", "system:demo", "unialign demo"),
 }
