@@ -128,7 +128,7 @@ def test_bad_rows_are_skipped_counted_and_listed(grey_manifest: Manifest, tmp_pa
             assert value(substitute) not in (3, 5, 6, 20)
     assert refused == 6 and quarantine.refused == 6  # the line that is no JSON is left out from the start
     listed = read_list(tmp_path / "q.jsonl")
-    assert listed == {("manifest.jsonl", f"manifest.jsonl:{line}") for line in (4, 6, 7, 21)}
+    assert listed == {("grey/manifest.jsonl", f"manifest.jsonl:{line}") for line in (4, 6, 7, 21)}
     assert (tmp_path / "q.jsonl").read_text().count("\n") == 4
     clean = stream(path, excluded=tmp_path / "q.jsonl")
     assert clean.epoch_length("generate") == 36
@@ -208,7 +208,7 @@ def test_an_unreadable_shard_costs_its_own_rows_only(grey_tars: Callable[..., Pa
     broken.write_bytes(b"no tar at all" * 100)
     data = stream(pattern, quarantine=Quarantine(tmp_path / "q.jsonl", 0.1))
     assert sorted(value(data.sample("generate", n)) for n in range(8)) == [0, 1, 2, 3, 8, 9, 10, 11]
-    assert read_list(tmp_path / "q.jsonl") == {("*.tar", "shard-001.tar")}
+    assert read_list(tmp_path / "q.jsonl") == {("tars/*.tar", "shard-001.tar")}
     for file in pattern.parent.glob("*.tar"):
         file.write_bytes(b"nothing")
     with pytest.raises(AssetError, match="none of the 3 files"):
@@ -249,7 +249,7 @@ def test_a_stream_goes_on_past_an_unreadable_shard(grey_tars: Callable[..., Path
     (pattern.parent / "shard-000.tar").write_bytes(b"junk" * 500)
     data = streamed(pattern, quarantine=Quarantine(tmp_path / "q.jsonl", 0.5))
     assert {value(data.sample("generate", n)) for n in range(24)} == {4, 5, 6, 7}
-    assert read_list(tmp_path / "q.jsonl") == {("*.tar", "shard-000.tar")}
+    assert read_list(tmp_path / "q.jsonl") == {("tars/*.tar", "shard-000.tar")}
     for file in pattern.parent.glob("*.tar"):
         file.write_bytes(b"junk" * 500)
     with pytest.raises(AssetError, match="no usable row in the last"):

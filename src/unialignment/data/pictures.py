@@ -104,7 +104,9 @@ class PictureLoader:
                 opened = Pillow.open(data)
             with opened as picture:
                 width, height = picture.size
-                turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                # Pillow decodes the whole of a PNG to look for EXIF behind its pixels; nobody turns PNGs that way.
+                has_exif = picture.format != "PNG" or "exif" in picture.info
+                turned = has_exif and picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             name = data if isinstance(data, str) else "the picture's bytes"
             raise InputError(f"{str(name)[:120]} can't be opened as a picture ({type(error).__name__})") from None

@@ -42,6 +42,12 @@ class Rows(Protocol):
     def label(self, number: int) -> str: ...
 
 
+def source_name(path: str) -> str:
+    """What a source is called in messages and quarantine lists: its last two parts, on every machine the same."""
+    whole = Path(path).expanduser().absolute()
+    return f"{whole.parent.name}/{whole.name}"
+
+
 def find_files(path: str) -> list[Path]:
     """Files that a path, folder or pattern names, sorted.
 
@@ -103,7 +109,7 @@ class JsonlRows:
 
     def __init__(self, path: str, root: Path | None = None) -> None:
         self.files = find_files(path)
-        self.name = Path(path).name
+        self.name = source_name(path)
         self.root = root if root is not None else self.files[0].parent
         self.problems: list[BadRow] = []
         self._handles: dict[int, Any] = {}
@@ -188,7 +194,7 @@ class DatasetRows:
     """
 
     def __init__(self, path: str, format: str, split: str = "train", root: Path | None = None) -> None:
-        self.name = Path(path).name
+        self.name = source_name(path)
         self.problems: list[BadRow] = []
         parts, self._labels, prints = [], [], []
         if format == "dataset":

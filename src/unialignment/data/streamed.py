@@ -16,7 +16,7 @@ from typing import Any
 
 from unialignment.data.order import permuted
 from unialignment.data.quarantine import BadRow, Quarantine
-from unialignment.data.rows import _reason, find_files, guess_format, load_library
+from unialignment.data.rows import _reason, find_files, guess_format, load_library, source_name
 from unialignment.errors import AssetError
 
 MAX_LANES = 64
@@ -89,7 +89,7 @@ class StreamedRows:
         bookmarks: Path | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
-        self.name = Path(path).name
+        self.name = source_name(path)
         self.labels, self.openers = open_shards(path, format, split)
         found = Path(path).expanduser()
         self.root = root or (found if found.is_dir() else found.parent)
@@ -195,7 +195,7 @@ class _Reader:
 
     def _path(self) -> Path | None:
         folder = self.source.bookmarks
-        return None if folder is None else folder / f"{self.source.name}-{self.identity}.jsonl"
+        return None if folder is None else folder / f"{self.identity}.jsonl"
 
     def _write_bookmark(self) -> None:
         path = self._path()
