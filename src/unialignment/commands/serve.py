@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from unialignment.commands import common
@@ -109,14 +110,21 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
 
 
 def _serve_with_ray(args: argparse.Namespace, settings: ServerSettings) -> int:
-    try:
-        from unialignment.serving import ray_app
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "ray":
-            raise
-        raise InputError("--engine ray needs Ray: pip install 'unialignment[serve,ray]'") from error
-    code: int = ray_app.serve(args, settings)
-    return code
+    from unialignment.serving.ray_app import RayArguments, start
+
+    if args.api_key:
+        # Replicas of the HTTP side read keys from their environment, never from arguments that dashboards show.
+        os.environ["UNIALIGN_API_KEYS"] = ",".join(settings.api_keys)
+    mine = {field.name for field in fields(settings)} - {"host", "port", "api_keys", "web", "engine"}
+    start(
+        RayArguments(
+            model=args.model, device=args.device, dtype=args.dtype, replicas=args.replicas, web=settings.web,
+            engine={field.name: getattr(settings.engine, field.name) for field in fields(settings.engine)},
+            server={name: getattr(settings, name) for name in sorted(mine)},
+        ),
+        settings.host, settings.port,
+    )  # fmt: skip
+    return 0
 
 
 def _greet(url: str, name: str, web: bool, settings: ServerSettings) -> None:

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -161,7 +162,9 @@ def _stream(service: Service, body: ChatBody, talk: _Talk, model: str, handles: 
     }
     asked = body.stream_options
 
-    def chunk(index: int, delta: Mapping[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
+    def chunk(
+        index: int, delta: Mapping[str, Any], reason: str | None = None, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
         choice = {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": reason}
         return {**common, "choices": [choice], **more}
 
@@ -171,7 +174,7 @@ def _stream(service: Service, body: ChatBody, talk: _Talk, model: str, handles: 
             yield None, chunk(index, {"role": "assistant", "content": ""})
             sent = ""
             async for event in following(handle):
-                more = {}
+                more: dict[str, Any] = {}
                 if isinstance(event, TextSoFar):
                     text, stopped = cut(event.settled, talk.stops, whole=False)
                     if asked is not None and asked.include_canvas:
@@ -182,7 +185,7 @@ def _stream(service: Service, body: ChatBody, talk: _Talk, model: str, handles: 
                 else:
                     continue
                 if len(text) > len(sent) or more:
-                    yield None, chunk(index, {"content": text[len(sent) :]}, **more)
+                    yield None, chunk(index, {"content": text[len(sent) :]}, more=more)
                     sent = max(sent, text, key=len)
                 if stopped:
                     break

@@ -201,7 +201,9 @@ def perception_of(task: Task, prompt: str) -> tuple[str, str] | None:
     return None
 
 
-def choose_task(service: Service, task: str | None, kind: str | None, prompt: str, images: int) -> tuple[str, str, Any]:
+def choose_task(
+    service: Service, task: str | None, kind: str | None, prompt: str, images: int
+) -> tuple[str, str, str | None]:
     """Task, kind and prompt of an edit: by explicit field, else by the prompt's wording and the number of pictures."""
     registry = service.pipe.tasks
     if task is None and kind is not None:
@@ -299,8 +301,8 @@ async def edit(
         )  # fmt: skip
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else None
-        raise APIError(400, f"{name}: {first['msg']}", "invalid_value", name) from None
+        field = str(first["loc"][0]) if first["loc"] else None
+        raise APIError(400, f"{field}: {first['msg']}", "invalid_value", field) from None
     images = tuple([await file.read() for file in files])
     drawing = _prepare(service, body, chosen, text, images, chosen_kind, _client(request))
     return await _answer(request, service, drawing, stream)

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Ignored = Annotated[Any, Field(default=None, description="Accepted for compatibility; has no effect.")]
-Seed = Annotated[int | None, Field(default=None, ge=0, le=2**62, description="Repeatable result; new unless given.")]
-Priority = Annotated[int, Field(default=0, ge=-10, le=10, description="Higher ones leave the queue first.")]
-Timeout = Annotated[float | None, Field(default=None, gt=0, le=3600, description="Seconds until the request fails.")]
+Ignored = Annotated[Any, Field(description="Accepted for compatibility; has no effect.")]
+Seed = Annotated[int | None, Field(ge=0, le=2**62, description="Repeatable result; new unless given.")]
+Priority = Annotated[int, Field(ge=-10, le=10, description="Higher ones leave the queue first.")]
+Timeout = Annotated[float | None, Field(gt=0, le=3600, description="Seconds until the request fails.")]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -26,14 +26,14 @@ class Strict(BaseModel):
 class Sampling(Strict):
     """Fields that every task takes beside OpenAI's."""
 
-    seed: Seed
+    seed: Seed = None
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; the model's unless given.")
     guidance_scale: float | None = Field(None, ge=0, description="Pull towards the text; 1 is none.")
     image_guidance_scale: float | None = Field(None, ge=0, description="Pull towards the pictures given; 1 is none.")
     negative_prompt: str | None = Field(None, description="What to move away from.")
     fit: Literal["crop", "pad"] | None = Field(None, description="How pictures of another shape are fitted.")
-    priority: Priority
-    timeout: Timeout
+    priority: Priority = 0
+    timeout: Timeout = None
 
 
 class DrawingOptions(Sampling):
@@ -62,12 +62,12 @@ class DrawingOptions(Sampling):
     svg: Any = None
     frame_count: Any = None
     quality: str | None = Field(None, max_length=20)
-    style: Ignored
-    moderation: Ignored
-    complexity: Ignored
-    frame_duration_ms: Ignored
-    safety_identifier: Ignored
-    user: Ignored
+    style: Ignored = None
+    moderation: Ignored = None
+    complexity: Ignored = None
+    frame_duration_ms: Ignored = None
+    safety_identifier: Ignored = None
+    user: Ignored = None
 
 
 class GenerationBody(DrawingOptions):
@@ -110,7 +110,7 @@ class ImageURL(Strict):
     """A picture as a data: URL."""
 
     url: str
-    detail: Ignored
+    detail: Ignored = None
 
 
 class TextPart(Strict):
@@ -118,7 +118,7 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
-    prompt_cache_breakpoint: Ignored
+    prompt_cache_breakpoint: Ignored = None
 
 
 class ImagePart(Strict):
@@ -126,7 +126,7 @@ class ImagePart(Strict):
 
     type: Literal["image_url"]
     image_url: ImageURL
-    prompt_cache_breakpoint: Ignored
+    prompt_cache_breakpoint: Ignored = None
 
 
 class Message(BaseModel):
@@ -142,7 +142,7 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = False
     include_canvas: bool | None = Field(False, description="Also the whole text so far, with [MASK] at open places.")
-    include_obfuscation: Ignored
+    include_obfuscation: Ignored = None
 
 
 class ChatBody(Sampling):
@@ -167,25 +167,25 @@ class ChatBody(Sampling):
     response_format: dict[str, Any] | None = None
     modalities: list[str] | None = None
     audio: Any = None
-    tool_choice: Ignored
-    function_call: Ignored
-    frequency_penalty: Ignored
-    presence_penalty: Ignored
-    logit_bias: Ignored
-    metadata: Ignored
-    moderation: Ignored
-    parallel_tool_calls: Ignored
-    prediction: Ignored
-    prompt_cache_key: Ignored
-    prompt_cache_options: Ignored
-    prompt_cache_retention: Ignored
-    reasoning_effort: Ignored
-    safety_identifier: Ignored
-    service_tier: Ignored
-    store: Ignored
-    user: Ignored
-    verbosity: Ignored
-    web_search_options: Ignored
+    tool_choice: Ignored = None
+    function_call: Ignored = None
+    frequency_penalty: Ignored = None
+    presence_penalty: Ignored = None
+    logit_bias: Ignored = None
+    metadata: Ignored = None
+    moderation: Ignored = None
+    parallel_tool_calls: Ignored = None
+    prediction: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    reasoning_effort: Ignored = None
+    safety_identifier: Ignored = None
+    service_tier: Ignored = None
+    store: Ignored = None
+    user: Ignored = None
+    verbosity: Ignored = None
+    web_search_options: Ignored = None
 
 
 class ChatUsage(BaseModel):
@@ -234,9 +234,9 @@ class EmbeddingBody(Strict):
     )
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = Field(None, ge=1, description="Only the model's own.")
-    priority: Priority
-    timeout: Timeout
-    user: Ignored
+    priority: Priority = 0
+    timeout: Timeout = None
+    user: Ignored = None
 
 
 class Embedding(BaseModel):
