@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from unialignment import __version__
+from unialignment.budget import MemoryChoice, choose
 from unialignment.conditioning import Condition
 from unialignment.errors import CheckpointError, InputError
 from unialignment.images import fit_image, load_image, to_images, to_tensor
@@ -23,14 +25,17 @@ from unialignment.inputs import ImageOptions, Images, Prompts, TextOptions, buil
 from unialignment.model.folders import resolve_model, save_folder
 from unialignment.model.initialise import Initialisation
 from unialignment.model.layouts import load_model
+from unialignment.model.published import LoadOptions
+from unialignment.model.quantization import parse_quantize, refuse_quantized
+from unialignment.model.streaming import parse_size
 from unialignment.model.tokenizer import encode_conditions
 from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.outputs import ImageResult, TextResult
+from unialignment.placement import Placement, resolve_device, resolve_dtype
 from unialignment.sampling import chunks, draw, write
 from unialignment.tasks import TASKS, Task, TaskRegistry
 
 _COMPONENTS = ("transformer", "text_embedder", "autoencoder", "tokenizer")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_TEXT_LIMIT = 512
 """Tokens of a text for embedders that set no limit themselves."""
 
@@ -42,6 +47,9 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     allow_urls: bool = False,
+    max_memory: str | int | None = None,
+    drop_text_encoder: bool = False,
+    quantize: str | Mapping[str, str] | None = None,
 ) -> UniAlignmentPipeline:
     """Load a model.
 
@@ -53,17 +61,30 @@ def load(
         dtype: Arithmetic of the transformer, ``"float32"`` unless given. The autoencoder stays in float32.
         revision: Branch, tag or commit of a hub id.
         allow_urls: Whether pictures may be given as http(s) URLs.
+        max_memory: Memory of the device to get along with, like ``"8GiB"``. Switches are chosen by a prediction, see
+            :mod:`unialignment.budget`; what was chosen is logged and in ``pipe.memory_choice``.
+        drop_text_encoder: Free a T5 encoder once prompts are encoded; the transformer is loaded only after that. See
+            :meth:`~unialignment.placement.Placement.drop_text_encoder`.
+        quantize: ``"8bit"`` or ``"4bit"`` for transformer and text encoder, or component → one of these.
 
     Raises:
         CheckpointError: There is no such model, or it is incomplete, damaged or unsafe.
-        InputError: The device or dtype is unknown or not available.
+        InputError: The device or dtype is unknown or not available, a backend for ``quantize`` is missing, or nothing
+            makes the model fit ``max_memory``.
     """
     return UniAlignmentPipeline.from_pretrained(
-        name, device=device, dtype=dtype, revision=revision, allow_urls=allow_urls
+        name,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        allow_urls=allow_urls,
+        max_memory=max_memory,
+        drop_text_encoder=drop_text_encoder,
+        quantize=quantize,
     )
 
 
-class UniAlignmentPipeline:
+class UniAlignmentPipeline(Placement):
     """One model, all tasks.
 
     Every method takes single inputs or lists, and the options of :class:`~unialignment.inputs.ImageOptions` or
@@ -106,8 +127,7 @@ class UniAlignmentPipeline:
                 raise CheckpointError(
                     f"{what} ({have}) and the transformer's ({need}) differ; they belong to two models"
                 )
-        self.transformer = transformer.eval()
-        self.text_embedder = text_embedder.eval()
+        self._place(transformer, text_embedder)
         self.autoencoder = autoencoder.eval()
         self.tokenizer = tokenizer
         self.name = name
@@ -118,6 +138,8 @@ class UniAlignmentPipeline:
         self.progress_options: dict[str, Any] = {}
         self.initialisation: Initialisation | None = None
         """Which tensors are new, when the weights are only a starting point (Stable Diffusion 3's)."""
+        self.memory_choice: MemoryChoice | None = None
+        """What ``max_memory`` led to."""
 
     # ------------------------------------------------------------------------------------------- loading and saving
 
@@ -130,10 +152,26 @@ class UniAlignmentPipeline:
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
         allow_urls: bool = False,
+        max_memory: str | int | None = None,
+        drop_text_encoder: bool = False,
+        quantize: str | Mapping[str, str] | None = None,
     ) -> UniAlignmentPipeline:
         """Load a model; see :func:`load`."""
-        target, arithmetic = _device(device), _dtype(dtype)
-        loaded = load_model(resolve_model(name, revision), _COMPONENTS, arithmetic)
+        target, folder, bits = resolve_device(device), resolve_model(name, revision), parse_quantize(quantize)
+        arithmetic, choice = resolve_dtype(dtype), None
+        if max_memory is not None:
+            choice = choose(
+                folder,
+                parse_size(max_memory) if isinstance(max_memory, str) else max_memory,
+                target,
+                dtype=None if dtype is None else arithmetic,
+                quantize=bits,
+                drop_text_encoder=drop_text_encoder,
+            )
+            arithmetic = choice.dtype
+        drops = drop_text_encoder or (choice is not None and choice.drop_text_encoder)
+        options = LoadOptions(arithmetic, lazy=drops, quantize=bits, device=target)
+        loaded = load_model(folder, _COMPONENTS, options=options)
         index = loaded.settings
         sampling = index.get("sampling") or {}
         if not isinstance(sampling, dict) or not all(isinstance(value, dict) for value in sampling.values()):
@@ -144,8 +182,16 @@ class UniAlignmentPipeline:
             sampling=sampling,
             allow_urls=allow_urls,
         )
-        pipe.initialisation = loaded.initialisation
-        return pipe.to(target, arithmetic)
+        pipe.initialisation, pipe._loaders, pipe.memory_choice = loaded.initialisation, dict(loaded.loaders), choice
+        offload = None if choice is None else choice.offload
+        # Offloaded components go to the device one at a time.
+        pipe.to("cpu" if offload else target, None if bits else arithmetic)
+        if drops:
+            alternate = choice is not None and choice.drop_text_encoder
+            pipe.drop_text_encoder(alternate=alternate, now=False)
+        if choice is not None:
+            choice.apply(pipe, target)
+        return pipe
 
     def save_pretrained(self, folder: str | Path, dtypes: Mapping[str, str] | None = None) -> None:
         """Write a model folder, atomically.
@@ -156,7 +202,16 @@ class UniAlignmentPipeline:
 
         Raises:
             StorageError: It can't be written; nothing is left half-written.
+            InputError: Weights are offloaded, quantized, or carry a LoRA.
         """
+        self._check_plain("saving")
+        for component in (self.transformer, self.text_embedder):
+            refuse_quantized(component, "saving")
+        if self.loras:
+            raise InputError(
+                "a LoRA is in use, which the folder would not hold; unload_lora() before saving, or write a model with "
+                "the LoRA in it by `unialign merge`"
+            )
         save_folder(
             {name: getattr(self, name) for name in _COMPONENTS},
             folder,
@@ -168,30 +223,6 @@ class UniAlignmentPipeline:
             },
             dtypes=dtypes,
         )
-
-    def to(
-        self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-    ) -> UniAlignmentPipeline:
-        """Move to a device and/or change the arithmetic of transformer and text embedder; returns the pipeline."""
-        if device is not None:
-            target = _device(device)
-            for module in (self.transformer, self.text_embedder, self.autoencoder):
-                module.to(target)
-        if dtype is not None:
-            for module in (self.transformer, self.text_embedder):
-                # Not their own `to`: diffusers' warns of float32 modules even where there are none.
-                torch.nn.Module.to(module, _dtype(dtype))
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        return next(self.transformer.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Arithmetic of the transformer."""
-        return next(self.transformer.parameters()).dtype
 
     @property
     def default_size(self) -> int:
@@ -274,12 +305,26 @@ class UniAlignmentPipeline:
     def _draw(
         self, name: str, prompt: Prompts, images: Images, kind: str | None, options: Mapping[str, Any]
     ) -> ImageResult:
-        return draw(self, self.tasks.get(name), prompt, images, kind, options)
+        try:
+            return draw(self, self.tasks.get(name), prompt, images, kind, options)
+        finally:
+            self._rest()
 
     def _write(
         self, name: str, prompt: Prompts, images: Images, kind: str | None, options: Mapping[str, Any]
     ) -> TextResult:
-        return write(self, self.tasks.get(name), prompt, images, kind, options)
+        if self._alternates:
+            raise InputError(
+                "texts need the text encoder and the transformer at once, at every step, and max_memory leaves room "
+                "for one of them; allow more memory, or use quantize"
+            )
+        # Dropped after the last step instead of after the prompt.
+        drops, self._drops = self._drops, False
+        try:
+            return write(self, self.tasks.get(name), prompt, images, kind, options)
+        finally:
+            self._drops = drops
+            self._rest()
 
     def __getattr__(self, name: str) -> Any:
         tasks = self.__dict__.get("tasks")
@@ -302,6 +347,7 @@ class UniAlignmentPipeline:
         given = list(image) if isinstance(image, (list, tuple)) else [image]
         if not given:
             raise InputError("expected at least one picture, got an empty list")
+        self.encode_ahead([""])
         side = self.default_size
         pictures = [fit_image(load_image(one, allow_urls=self.allow_urls), side, side) for one in given]  # type: ignore[arg-type]
         return torch.cat([self.embed_latents(self.encode_images(chunk)) for chunk in chunks(pictures, batch_size)])
@@ -319,6 +365,7 @@ class UniAlignmentPipeline:
         requests = build_requests(_TEXT_ONLY, text, None, "", None)
         for request in requests:
             self.check_length(request.text)
+        self.encode_ahead([request.text for request in requests])
         vectors = []
         for chunk in chunks(requests, batch_size):
             condition = self.condition([request.text for request in chunk], ())
@@ -362,10 +409,20 @@ class UniAlignmentPipeline:
 
     def condition(self, texts: Sequence[str], images: Sequence[Tensor] = ()) -> Condition:
         """Condition texts, and latents of condition pictures, as the transformer takes them."""
+        if self._drops:
+            self.encode_ahead(texts)
+            mask = encode_conditions(self.tokenizer, texts)[1].to(self.device)
+            length = mask.shape[1]
+            rows = [self._remembered[text] for text in texts]
+            embeds = torch.stack([F.pad(row, [0, 0, 0, length - len(row)]) for row in rows])
+        else:
+            embeds, mask = self._embed_texts(texts)
+        return Condition(embeds, mask, tuple(image.to(self.dtype) for image in images))
+
+    def _embed_texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids, mask = encode_conditions(self.tokenizer, texts)
         ids, mask = ids.to(self.device), mask.to(self.device)
-        embeds = self.text_embedder.embed(ids, mask).to(self.dtype)
-        return Condition(embeds, mask, tuple(image.to(self.dtype) for image in images))
+        return self.text_embedder.embed(ids, mask).to(self.dtype), mask
 
     def check_length(self, text: str) -> None:
         """Refuse a condition text that the model can't read.
@@ -386,27 +443,3 @@ class UniAlignmentPipeline:
 
 
 _TEXT_ONLY = Task("embed_text", "embed a text", "image")
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None or device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        raise InputError(f"device {str(device)!r} can't be used here: {reason[:120]}") from error
-    return target
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    if isinstance(dtype, str) and dtype in _DTYPES:
-        return _DTYPES[dtype]
-    if dtype is None:
-        return torch.float32
-    if dtype in _DTYPES.values():
-        return dtype  # type: ignore[return-value]
-    raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")

@@ -339,8 +339,20 @@ class KLAutoencoder(nn.Module):
         _check_latents(latents, self.latent_channels)
         return cast(Tensor, self.autoencoder.decode(latents / self._scale + self._shift).sample.clamp(-1, 1))
 
-    def enable_tiling(self) -> None:
-        """Work tile by tile: large pictures in little memory."""
+    def enable_tiling(self, tile: int | None = None) -> None:
+        """Work tile by tile: large pictures in little memory.
+
+        Args:
+            tile: Side of a tile in pixels; the autoencoder's own ``sample_size`` unless given.
+
+        Raises:
+            InputError: The tile is no multiple of four latent positions.
+        """
+        if tile is not None:
+            if tile < 1 or tile % (4 * self.spatial_factor):  # tiles overlap by a quarter
+                raise InputError(f"a tile must be a multiple of {4 * self.spatial_factor} pixels, got {tile}")
+            self.autoencoder.tile_sample_min_size = tile
+            self.autoencoder.tile_latent_min_size = tile // self.spatial_factor
         self.autoencoder.enable_tiling()
 
     def disable_tiling(self) -> None:

@@ -330,6 +330,21 @@ def save_component(module: Any, folder: str | Path, dtype: str = "float32") -> N
         raise storage_error(folder, error) from error
 
 
+def check_settings(cls: type[Any], folder: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of a component.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or has settings that the class doesn't know.
+    """
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    known = set(getattr(cls, "_get_init_keys", lambda _: set())(cls))
+    unknown = {key for key in config if not key.startswith("_")} - known
+    if known and unknown:
+        raise CheckpointError(f"{path} has settings {cls.__name__} doesn't know: {name_list(unknown)}")
+    return config
+
+
 def load_component(cls: type[Any], folder: str | Path) -> Any:
     """Read one component that :func:`save_component` wrote, in float32, in evaluation mode.
 
@@ -347,13 +362,7 @@ def load_component(cls: type[Any], folder: str | Path) -> Any:
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"could not load {cls.__name__} from {folder}: {reason}") from error
-    config = read_json(folder / "config.json")
-    known = set(getattr(cls, "_get_init_keys", lambda _: set())(cls))
-    unknown = {key for key in config if not key.startswith("_")} - known
-    if known and unknown:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has settings {cls.__name__} doesn't know: {name_list(unknown)}"
-        )
+    config = check_settings(cls, folder)
     try:
         module = cast("Any", cls).from_config(config)
     except CheckpointError:

@@ -9,13 +9,23 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from unialignment.errors import CheckpointError, StorageError
-from unialignment.model.checkpoints import load_component, name_list, read_json, save_component
+import torch
+
+from unialignment.errors import CheckpointError, InputError, StorageError
+from unialignment.model.checkpoints import check_settings, load_component, name_list, read_json, save_component
+from unialignment.model.published import (
+    LoadedModel,
+    LoadOptions,
+    check_transformer,
+    empty_transformer,
+    load_t5_embedder,
+    load_transformer,
+)
 from unialignment.storage import atomic_folder, write_json
 
 INDEX_NAME = "model_index.json"
@@ -179,31 +189,54 @@ COMPONENTS = {
 """Classes that ``model_index.json`` may name; nothing else is ever imported on a file's word."""
 
 
-def load_folder(folder: str | Path, names: Iterable[str], verify: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_folder(
+    folder: str | Path, names: Iterable[str], verify: bool = True, options: LoadOptions | None = None
+) -> LoadedModel:
     """Read a model folder.
 
     Args:
         folder: Written by :func:`save_folder`.
         names: Components that must be there.
         verify: Compare the files with their checksums first, if there are any.
+        options: How large components are loaded; in float32 unless given.
 
     Returns:
-        Component name → object in float32 and evaluation mode, and the contents of ``model_index.json``.
+        The components in evaluation mode, and the contents of ``model_index.json``.
 
     Raises:
         CheckpointError: Something is missing, damaged, of another version, or of a class that is not ours.
     """
-    folder = Path(folder)
+    folder, chosen = Path(folder), options or LoadOptions()
     index = read_json(folder / INDEX_NAME)
     if verify:
         verify_checksums(folder)
-    components: dict[str, Any] = {}
+    loaders: dict[str, Callable[[], Any]] = {}
     for name in names:
         entry = index.get(name)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[1] in COMPONENTS):
             raise CheckpointError(
                 f"{folder / INDEX_NAME} names no usable {name} (got {entry!r}); expected one of {', '.join(COMPONENTS)}"
             )
-        cls = getattr(importlib.import_module(COMPONENTS[entry[1]]), entry[1])
-        components[name] = load_component(cls, folder / name)
-    return components, index
+        loaders[name] = _loader(name, entry[1], folder / name, chosen)
+    components = {name: load() for name, load in loaders.items() if not (chosen.lazy and name == "transformer")}
+    if chosen.lazy and "transformer" in loaders:
+        components["transformer"] = empty_transformer(check_transformer(folder / "transformer"), folder).eval()
+    return LoadedModel(components, index, loaders=loaders)
+
+
+def _loader(name: str, class_name: str, folder: Path, options: LoadOptions) -> Callable[[], Any]:
+    """What loads one component; large ones straight into their type."""
+
+    def load() -> Any:
+        quantization = options.quantization(name)
+        if class_name == "T5TextEmbedder":
+            return load_t5_embedder(folder, options.dtype, quantization)
+        cls = getattr(importlib.import_module(COMPONENTS[class_name]), class_name)
+        if class_name != "UniAlignmentTransformer" or (options.dtype == torch.float32 and quantization is None):
+            if quantization is not None:
+                raise InputError(f"quantize: {name} is a {class_name}, too small to gain from it; leave it out")
+            return load_component(cls, folder)
+        check_settings(cls, folder)
+        return load_transformer(folder, options.dtype, quantization)
+
+    return load

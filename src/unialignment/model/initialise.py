@@ -31,6 +31,7 @@ from unialignment.model.published import (
     read_tensors,
     tensor_shapes,
 )
+from unialignment.model.text import T5TextEmbedder
 from unialignment.model.transformer import UniAlignmentTransformer
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,18 @@ class Initialisation:
         return "\n".join(lines)
 
 
+def sd3_settings(folder: str | Path, *, vocab_size: int, **changes: Any) -> dict[str, Any]:
+    """Arguments of ``UniAlignmentTransformer`` for a ``SD3Transformer2DModel`` folder.
+
+    Raises:
+        CheckpointError: The folder is incomplete or of another architecture.
+    """
+    config = {**_SD3_DEFAULTS, **check_class(Path(folder), (SD3_CLASS,))}
+    settings = {key: config[key] for key in _SETTINGS if key in config}
+    settings["dual_attention_layers"] = tuple(settings.get("dual_attention_layers") or ())
+    return {**settings, "vocab_size": vocab_size, **changes}
+
+
 def initialise_from_sd3(
     folder: str | Path,
     *,
@@ -100,10 +113,7 @@ def initialise_from_sd3(
         CheckpointError: Something is missing, damaged or of another architecture.
     """
     folder = Path(folder)
-    config = {**_SD3_DEFAULTS, **check_class(folder, (SD3_CLASS,))}
-    settings = {key: config[key] for key in _SETTINGS if key in config}
-    settings["dual_attention_layers"] = tuple(settings.get("dual_attention_layers") or ())
-    settings |= {"vocab_size": vocab_size, **changes}
+    settings = sd3_settings(folder, vocab_size=vocab_size, **changes)
     model = empty_transformer(settings, folder)
     where = find_weights(folder)
     last = f"transformer_blocks.{model.config.num_layers - 1}."
@@ -147,7 +157,12 @@ def load_sd3(folder: str | Path, dtype: torch.dtype = torch.float32, *, seed: in
     encoder = load_text_encoder(folder / "text_encoder_3", width, dtype)
     loaded = assemble(folder, transformer, encoder, tokenizer, vae, None)
     logger.warning("%s is a starting point, not a trained model: %s", folder, report.summary())
-    return replace(loaded, initialisation=report)
+
+    def embedder() -> T5TextEmbedder:
+        encoder = load_text_encoder(folder / "text_encoder_3", width, dtype)
+        return T5TextEmbedder(encoder, tokenizer.mask_token_id).eval()
+
+    return replace(loaded, initialisation=report, loaders={"text_embedder": embedder})
 
 
 # ------------------------------------------------------------------------------------------------------------- details

@@ -8,11 +8,12 @@ the published sampler settings, nor of how the components compute.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from unialignment.errors import CheckpointError
+from unialignment.errors import CheckpointError, UniAlignmentError
 from unialignment.model.autoencoder import KLAutoencoder
 from unialignment.model.checkpoints import check_names_and_shapes, find_weights, name_list, open_weights, read_json
+from unialignment.model.quantization import quantization_config
 from unialignment.model.text import T5TextEmbedder
 from unialignment.model.tokenizer import TextTokenizer
 
@@ -50,11 +52,40 @@ class LoadedModel:
         components: ``transformer``, ``text_embedder``, ``autoencoder`` and ``tokenizer``, in evaluation mode.
         settings: ``name`` and ``sampling``, as in our ``model_index.json``.
         initialisation: Which tensors are new, for weights that are only a starting point; else ``None``.
+        loaders: Component → makes it anew from its folder, for components that are dropped and needed again.
     """
 
     components: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     initialisation: Initialisation | None = None
+    loaders: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How large components are loaded.
+
+    Attributes:
+        dtype: Of the transformer and the text encoder.
+        lazy: Check the transformer, but leave it without weights until its loader is called.
+        quantize: Component → ``"8bit"`` or ``"4bit"``.
+        device: Where it will compute; decides the backend of quantized weights.
+    """
+
+    dtype: torch.dtype = torch.float32
+    lazy: bool = False
+    quantize: Mapping[str, str] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def quantization(self, component: str) -> Any:
+        """What the component's library takes as ``quantization_config``; ``None``: nothing is quantized.
+
+        Raises:
+            InputError: The backend isn't there.
+        """
+        if component not in self.quantize:
+            return None
+        return quantization_config(component, self.quantize[component], self.device, self.dtype)
 
 
 # -------------------------------------------------------------------------------------------------- headers and tensors
@@ -183,19 +214,42 @@ def needed(where: Mapping[str, Path]) -> dict[str, Path]:
     return {name: path for name, path in where.items() if not name.startswith(TRAINING_ONLY)}
 
 
-def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> UniAlignmentTransformer:
+def load_transformer(
+    folder: str | Path, dtype: torch.dtype = torch.float32, quantization: Any = None
+) -> UniAlignmentTransformer:
     """Load a published transformer folder (or one of ours).
 
     Args:
         folder: With ``config.json`` and safetensors, sharded or not.
         dtype: Of the result.
+        quantization: diffusers' ``quantization_config``, if weights are to be quantized.
 
     Raises:
         CheckpointError: Something is missing, damaged or of another architecture.
     """
-    model = empty_transformer(check_transformer(folder), folder)
+    from unialignment.model.transformer import UniAlignmentTransformer
+
+    settings = check_transformer(folder)
+    if quantization is not None:
+        with _quantizing(folder):
+            quantized = UniAlignmentTransformer.from_pretrained(
+                folder, quantization_config=quantization, torch_dtype=dtype
+            )
+        return quantized.eval()
+    model = empty_transformer(settings, folder)
     fill(model, read_tensors(needed(find_weights(folder)), dtype), str(folder))
     return model.eval()
+
+
+@contextlib.contextmanager
+def _quantizing(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except UniAlignmentError:
+        raise
+    except Exception as error:  # each backend raises its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"could not quantize the weights in {folder}: {reason}; leave quantize out") from error
 
 
 # -------------------------------------------------------------------------------------- text encoder, tokenizer and VAE
@@ -238,13 +292,16 @@ def _mask_vector(path: Path, width: int) -> Tensor:
     return value.detach().flatten().clone()
 
 
-def load_text_encoder(folder: str | Path, width: int, dtype: torch.dtype = torch.float32) -> T5EncoderModel:
+def load_text_encoder(
+    folder: str | Path, width: int, dtype: torch.dtype = torch.float32, quantization: Any = None
+) -> T5EncoderModel:
     """Load a ``T5EncoderModel`` folder, strictly.
 
     Args:
         folder: In ``transformers``' layout, safetensors only.
         width: What the transformer expects.
         dtype: Of the result.
+        quantization: transformers' ``quantization_config``, if weights are to be quantized.
 
     Raises:
         CheckpointError: Something is missing, damaged, of another architecture or of another width.
@@ -269,6 +326,15 @@ def load_text_encoder(folder: str | Path, width: int, dtype: torch.dtype = torch
     if table in where:
         where.pop(tied, None)
     check_names_and_shapes(encoder, tensor_shapes(where), str(folder), ignore=(table if tied in where else tied,))
+    if quantization is not None:
+        with _quantizing(folder):
+            return T5EncoderModel.from_pretrained(
+                str(folder),
+                quantization_config=quantization,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+            ).eval()
     state = read_tensors(where, dtype)
     state.setdefault(table, state.pop(tied, torch.empty(0)))
     fill(encoder, state, str(folder), tied=(tied,))
@@ -408,23 +474,63 @@ def assemble(
     )
 
 
-def load_published(folder: str | Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_published(
+    folder: str | Path, dtype: torch.dtype = torch.float32, options: LoadOptions | None = None
+) -> LoadedModel:
     """Load a published pipeline folder.
 
     Args:
         folder: See the module's description.
         dtype: Of the transformer and the text encoder; the autoencoder is float32.
+        options: More than the dtype, which then comes from here.
 
     Raises:
         CheckpointError: Something is missing, damaged, unsafe, or doesn't belong with the rest; nothing is returned.
     """
-    folder = Path(folder)
+    folder, chosen = Path(folder), options or LoadOptions(dtype)
     # What is cheap to check comes first: a wrong folder is refused before gigabytes are read.
     settings = check_transformer(folder / "transformer")
     tokenizer = load_t5_tokenizer(folder / "tokenizer", int(settings.get("vocab_size", 0)))
     width = int(settings.get("joint_attention_dim", 4096))
     mask_embedding = load_mask_embedding(folder, width)
     vae = load_vae(folder / "vae", int(settings.get("in_channels", 16)))
-    encoder = load_text_encoder(folder / "text_encoder", width, dtype)
-    transformer = load_transformer(folder / "transformer", dtype)
-    return assemble(folder, transformer, encoder, tokenizer, vae, mask_embedding)
+
+    def encoder() -> T5EncoderModel:
+        return load_text_encoder(folder / "text_encoder", width, chosen.dtype, chosen.quantization("text_embedder"))
+
+    def transformer() -> UniAlignmentTransformer:
+        return load_transformer(folder / "transformer", chosen.dtype, chosen.quantization("transformer"))
+
+    first = encoder()
+    model = empty_transformer(settings, folder).eval() if chosen.lazy else transformer()
+    loaded = assemble(folder, model, first, tokenizer, vae, mask_embedding)
+    loaders = {
+        "text_embedder": lambda: T5TextEmbedder(encoder(), tokenizer.mask_token_id, mask_embedding).eval(),
+        "transformer": transformer,
+    }
+    return replace(loaded, loaders=loaders)
+
+
+def load_t5_embedder(
+    folder: str | Path, dtype: torch.dtype = torch.float32, quantization: Any = None
+) -> T5TextEmbedder:
+    """Load the text embedder of a model folder of ours that has a T5 encoder, strictly.
+
+    Raises:
+        CheckpointError: Something is missing, damaged or of another architecture.
+    """
+    folder = Path(folder)
+    width = int(read_json(folder / "config.json").get("d_model") or 0)
+    path = folder / "mask_embedding.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"no {path.name} in {folder}; the model is incomplete, get it again")
+    with open_weights(path) as file:
+        metadata = file.metadata() or {}
+        if "mask_embedding" not in file.keys() or not metadata.get("mask_token_id", "").isdigit():  # noqa: SIM118
+            raise CheckpointError(f"{path} holds no mask embedding with its token; get the model again")
+        mask_embedding = file.get_tensor("mask_embedding").clone()
+    encoder = load_text_encoder(folder, width, dtype, quantization)
+    if tuple(mask_embedding.shape) != (width,):
+        raise CheckpointError(f"{path} must hold one vector of {width}, got {list(mask_embedding.shape)}")
+    visible = metadata.get("use_attention_mask") == "1"
+    return T5TextEmbedder(encoder, int(metadata["mask_token_id"]), mask_embedding, visible).eval()
