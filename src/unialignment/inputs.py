@@ -66,6 +66,8 @@ class ImageOptions(CommonOptions, total=False):
     Attributes:
         num_images_per_prompt: Pictures for each input; picture i has seed ``seed + i``.
         best_of: Draw this many for each input and keep the ``num_images_per_prompt`` most similar to the prompt.
+        best_of_text: Compare with this text instead, one or one for each input: for edits, whose prompt is an
+            instruction, what the result should show.
         guidance_interval: ``(low, high)`` noise levels in 0–1 between which guidance applies.
         solver: ``"euler"`` or ``"heun"``.
         shift: Resolution shift of the noise levels; 1 is none.
@@ -75,6 +77,7 @@ class ImageOptions(CommonOptions, total=False):
 
     num_images_per_prompt: int
     best_of: int | None
+    best_of_text: Prompts
     guidance_interval: tuple[float, float] | None
     solver: str | None
     shift: float | None
@@ -106,6 +109,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "guidance_interval": (0.0, 1.0),
         "num_images_per_prompt": 1,
         "best_of": None,
+        "best_of_text": None,
         "solver": "euler",
         "shift": 1.0,
         "width": None,
@@ -166,6 +170,8 @@ def merge_options(task: Task, model_defaults: Mapping[str, Any], given: Mapping[
             f"best_of={best_of} must be at least num_images_per_prompt={merged['num_images_per_prompt']}: "
             "it says how many are drawn, of which that many are kept"
         )
+    if merged.get("best_of_text") is not None and (best_of or 1) < 2:
+        raise InputError("best_of_text says what best_of compares pictures with; give best_of=2 or more too")
     return merged
 
 

@@ -22,6 +22,7 @@ from unialignment.errors import InputError
 from unialignment.images import ImageInput, fit_image, load_image
 from unialignment.inputs import Images, Prompts, Request, build_requests, expand_seeds, merge_options
 from unialignment.outputs import ImageResult, TextResult
+from unialignment.reranking import Reranker
 from unialignment.tasks import Task
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 16_384
 """Target tokens in flight, guidance branches included, from which the default ``batch_size`` follows."""
 _SETTINGS = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "negative_prompt", "fit")
-_IMAGE_SETTINGS = (*_SETTINGS, "guidance_interval", "solver", "shift", "best_of")
+_IMAGE_SETTINGS = (*_SETTINGS, "guidance_interval", "solver", "shift", "best_of", "best_of_text")
 _TEXT_SETTINGS = (*_SETTINGS, "temperature", "top_p", "decoding")
 
 
@@ -58,14 +59,14 @@ def draw(
     """
     options, requests = _prepare(pipe, task, prompt, images, kind, given)
     keep = options["num_images_per_prompt"]
+    ranked = (options["best_of"] or 1) > 1
     drawn = max(keep, options["best_of"] or 1)
     guidance = Guidance(
         options["guidance_scale"], options["image_guidance_scale"], _interval(options["guidance_interval"])
     )
     if options["solver"] not in SOLVERS:
         raise InputError(f"solver must be one of {', '.join(SOLVERS)}, got {options['solver']!r}")
-    if drawn > keep and any(not request.prompt for request in requests):
-        raise InputError(f"best_of compares pictures with their prompt, and {task.name} was given none")
+    compared = _compared(task, requests, options["best_of_text"]) if ranked else []
     sigmas = sigma_schedule(options["num_inference_steps"], options["shift"])
     width, height = _size(pipe, options["width"], options["height"])
     seeds = expand_seeds(options["seed"], len(requests), drawn)
@@ -74,8 +75,7 @@ def draw(
     factor = pipe.autoencoder.spatial_factor
     shape = (pipe.transformer.config.in_channels, height // factor, width // factor)
     tokens = shape[1] * shape[2] // pipe.transformer.config.patch_size**2 * len(guidance.branches(True))
-    texts = pipe.embed_text([request.prompt for request in requests]) if drawn > keep else None
-    scores = torch.zeros(len(samples))
+    ranking = Reranker(pipe, compared, drawn) if ranked else None
     pictures: dict[int, Image.Image] = {}
     groups = _groups([len(requests[row].sources) for row, _ in samples], options["batch_size"], tokens)
     with _bar(pipe, task, len(groups), options) as bar:
@@ -89,9 +89,9 @@ def draw(
             latents = solve(velocity, noise, sigmas, options["solver"], hook)
             for index, row, picture in zip(indices, rows, pipe.decode_latents(latents), strict=True):
                 pictures[index] = picture.crop(sources.content(row)) if task.size_from_source else picture
-            if texts is not None:
-                scores[indices] = (pipe.embed_latents(latents) * texts[rows]).sum(-1)
-    chosen = _best(scores, len(requests), drawn, keep) if texts is not None else list(range(len(samples)))
+            if ranking is not None:
+                ranking.see(indices, latents)
+    chosen = list(range(len(samples))) if ranking is None else ranking.best(keep)
     return ImageResult(
         images=[pictures[index] for index in chosen],
         seeds=[samples[index][1] for index in chosen],
@@ -99,7 +99,7 @@ def draw(
         task=task.name,
         model=pipe.name,
         settings={**_kind(kind), "width": width, "height": height, **_plain(options, _IMAGE_SETTINGS)},
-        scores=[float(scores[index]) for index in chosen] if texts is not None else None,
+        scores=None if ranking is None else [float(ranking.scores[index]) for index in chosen],
     )
 
 
@@ -251,10 +251,19 @@ def _question(pipe: UniAlignmentPipeline, request: Request) -> Tensor:
     return pipe.tokenizer.encode([request.text])[0][0]
 
 
-def _best(scores: Tensor, inputs: int, drawn: int, keep: int) -> list[int]:
-    """Indices of the ``keep`` highest scores of each input, best first."""
-    order = scores.view(inputs, drawn).argsort(dim=1, descending=True, stable=True)[:, :keep]
-    return [row * drawn + int(column) for row, columns in enumerate(order.tolist()) for column in columns]
+def _compared(task: Task, requests: Sequence[Request], given: Prompts) -> list[str]:
+    """What ``best_of`` compares the pictures of each request with: texts of the user's, or the prompts."""
+    texts = [request.prompt for request in requests]
+    if given is not None:
+        texts = [given] * len(requests) if isinstance(given, str) else list(given)
+        if len(texts) != len(requests):
+            raise InputError(f"best_of_text: {len(texts)} texts for {len(requests)} inputs; give as many, or one")
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise InputError(
+            f"best_of compares pictures with their prompt, and {task.name} was given none; say what the pictures "
+            "should show with best_of_text"
+        )
+    return texts
 
 
 def _interval(value: Any) -> tuple[float, float]:

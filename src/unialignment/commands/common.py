@@ -49,6 +49,7 @@ def add_image_sampling(parser: argparse.ArgumentParser, sources: bool) -> None:
     group.add_argument("--solver", choices=("euler", "heun"), help="ODE solver (default: the model's)")
     group.add_argument("-n", "--num-images", type=int, default=1, metavar="N", help="pictures for each prompt")
     group.add_argument("--best-of", type=int, default=1, metavar="N", help="draw N for each, keep the best match")
+    group.add_argument("--best-of-text", metavar="TEXT", help="match with this instead of the prompt")
     group.add_argument(
         "-o", "--output", type=Path, default=Path("out"), metavar="PATH", help="a .png/.jpg/.webp file, or a folder"
     )
@@ -89,6 +90,7 @@ def image_options(args: argparse.Namespace) -> dict[str, Any]:
         solver=args.solver,
         num_images_per_prompt=args.num_images,
         best_of=args.best_of,
+        best_of_text=args.best_of_text,
         batch_size=args.batch_size,
         progress=False if args.quiet else None,
     )
