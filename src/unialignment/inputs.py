@@ -69,7 +69,7 @@ class ImageOptions(CommonOptions, total=False):
         best_of_text: Compare with this text instead, one or one for each input: for edits, whose prompt is an
             instruction, what the result should show.
         guidance_interval: ``(low, high)`` noise levels in 0–1 between which guidance applies.
-        solver: ``"euler"`` or ``"heun"``.
+        solver: ``"euler"``, ``"heun"`` or ``"dpmpp"``.
         shift: Resolution shift of the noise levels; 1 is none.
         width: Pixels; the model's own size unless given.
         height: Pixels.
@@ -93,12 +93,14 @@ class TextOptions(CommonOptions, total=False):
         temperature: 0 takes the likeliest tokens; above, they are sampled.
         top_p: Sample from the smallest set of tokens of this probability.
         decoding: ``"confidence"`` or ``"ancestral"``.
+        confidence_threshold: Write all words at once that the model is at least this sure of; fewer steps. 1: off.
     """
 
     max_length: int | None
     temperature: float | None
     top_p: float | None
     decoding: str | None
+    confidence_threshold: float | None
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -123,6 +125,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "temperature": 0.0,
         "top_p": 1.0,
         "decoding": "confidence",
+        "confidence_threshold": 1.0,
     },
 }
 _COMMON: dict[str, Any] = {
@@ -136,7 +139,7 @@ _COMMON: dict[str, Any] = {
     "background": (255, 255, 255),
 }
 _COUNTS = ("num_inference_steps", "num_images_per_prompt", "best_of", "batch_size", "max_length", "width", "height")
-_NUMBERS = ("guidance_scale", "image_guidance_scale", "shift", "temperature", "top_p")
+_NUMBERS = ("guidance_scale", "image_guidance_scale", "shift", "temperature", "top_p", "confidence_threshold")
 
 
 def merge_options(task: Task, model_defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,8 +77,33 @@ def test_callback_sees_every_step_and_may_replace() -> None:
 
 
 def test_unknown_solver() -> None:
-    with pytest.raises(InputError, match="euler, heun"):
+    with pytest.raises(InputError, match="euler, heun, dpmpp"):
         solve(lambda x, _: x, torch.ones(1), [1.0, 0.0], "rk4")
+
+
+def test_dpmpp_is_diffusers_where_both_are_second_order() -> None:
+    """Their first and last steps differ (they extrapolate from σ = 1); between, the arithmetic is the same."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(8)
+    sigmas = [float(sigma) for sigma in scheduler.sigmas]
+    velocity, noise = gaussian_velocity(0.3), torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = noise
+    for timestep, sigma in zip(scheduler.timesteps, sigmas, strict=False):
+        x = scheduler.step(velocity(x, sigma), timestep, x, return_dict=False)[0]
+    torch.testing.assert_close(solve(velocity, noise, sigmas, "dpmpp"), x, atol=1e-5, rtol=0)
+
+
+def test_second_order_pays_at_few_steps() -> None:
+    noise = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    error = {
+        solver: abs(float(solve(gaussian_velocity(0.3), noise, sigma_schedule(8), solver)) - 0.3)
+        for solver in ("euler", "dpmpp")
+    }
+    assert error["dpmpp"] < 0.6 * error["euler"]
 
 
 # ------------------------------------------------------------------------------------------------------ guidance
@@ -175,6 +200,21 @@ def test_decoding_stops_early_and_closes_after_the_end() -> None:
     assert len(calls) <= 4
 
 
+def test_sure_words_are_written_at_once() -> None:
+    """Four words above the threshold, four below, which take a step each."""
+    certainty = torch.tensor([[5.0, -18.0, 5.0, -18.5, 5.0, -19.0, 5.0, -19.5]])
+    truth = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 3]])
+    start = torch.full((1, 8), MASK)
+    counts = {}
+    for threshold in (1.0, 0.9):
+        logits, calls = oracle(truth, certainty)
+        settings = TextDecoding(steps=8, threshold=threshold)
+        assert torch.equal(decode(logits, start, MaskedPath(MASK), settings, [0]), truth)
+        counts[threshold] = calls
+    assert counts[1.0] == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert counts[0.9] == [8, 4, 3, 2, 1]
+
+
 def test_ancestral_calls_the_model_only_when_something_is_unmasked() -> None:
     logits, calls = oracle(TRUTH[:1, :3])
     decode(logits, torch.full((1, 3), MASK), MaskedPath(MASK), TextDecoding("ancestral", 100), [4])
@@ -220,6 +260,7 @@ def test_sampling_follows_the_probabilities_and_top_p() -> None:
         lambda: TextDecoding(steps=0),
         lambda: TextDecoding(temperature=-1),
         lambda: TextDecoding(top_p=0),
+        lambda: TextDecoding(threshold=0),
     ],
 )
 def test_bad_decoding_settings(make: object) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unialignment.commands import loading
 from unialignment.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="arithmetic (default: float32)")
     group.add_argument("--batch-size", type=int, metavar="N", help="samples computed at once (default: by device)")
     group.add_argument("--allow-urls", action="store_true", help="fetch pictures named by http(s) URLs")
+    loading.add_memory(parser)
     add_output(parser)
 
 
@@ -46,7 +48,7 @@ def add_image_sampling(parser: argparse.ArgumentParser, sources: bool) -> None:
         group.add_argument("--image-guidance-scale", type=float, metavar="X", help="pull towards the pictures given")
     group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels 0–1")
     group.add_argument("--negative-prompt", help="what to move away from")
-    group.add_argument("--solver", choices=("euler", "heun"), help="ODE solver (default: the model's)")
+    group.add_argument("--solver", choices=("euler", "heun", "dpmpp"), help="ODE solver (default: the model's)")
     group.add_argument("-n", "--num-images", type=int, default=1, metavar="N", help="pictures for each prompt")
     group.add_argument("--best-of", type=int, default=1, metavar="N", help="draw N for each, keep the best match")
     group.add_argument("--best-of-text", metavar="TEXT", help="match with this instead of the prompt")
@@ -68,6 +70,9 @@ def add_text_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--top-p", type=float, metavar="P", help="sample from the likeliest words of total probability P"
+    )
+    group.add_argument(
+        "--confidence-threshold", type=float, metavar="P", help="write words of at least this probability at once"
     )
     group.add_argument("--decoding", choices=("confidence", "ancestral"), help="order in which words appear")
 
@@ -105,6 +110,7 @@ def text_options(args: argparse.Namespace) -> dict[str, Any]:
         temperature=args.temperature,
         top_p=args.top_p,
         decoding=args.decoding,
+        confidence_threshold=args.confidence_threshold,
         batch_size=args.batch_size,
         progress=False if args.quiet else None,
     )
@@ -112,9 +118,7 @@ def text_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_pipeline(args: argparse.Namespace) -> UniAlignmentPipeline:
     """The model that :func:`add_model`'s arguments name."""
-    import unialignment
-
-    return unialignment.load(args.model, device=args.device, dtype=args.dtype, allow_urls=args.allow_urls)
+    return loading.load_pipeline(args)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -190,6 +194,8 @@ def seconds(started: float) -> float:
 def say(args: argparse.Namespace, data: dict[str, Any], lines: Sequence[str]) -> None:
     """Print the result: one JSON object with ``--json``, else lines."""
     if args.json:
+        notes = getattr(args, "notes", None)
+        data = {**data, **({"notes": notes} if notes else {})}
         print(json.dumps({"command": args.command, **data}, ensure_ascii=False))
     else:
         for line in lines:

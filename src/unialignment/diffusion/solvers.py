@@ -5,6 +5,7 @@ Know nothing of networks or guidance: the velocity is a function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 """``(x [B, C, H, W], σ) -> dx/dσ [B, C, H, W]``."""
 StepCallback = Callable[[int, float, Tensor], Tensor | None]
 """``(step, σ reached, x) -> replacement x or None``, after every step."""
-SOLVERS = ("euler", "heun")
+SOLVERS = ("euler", "heun", "dpmpp")
 
 
 def sigma_schedule(steps: int, shift: float = 1.0) -> list[float]:
@@ -49,8 +50,9 @@ def solve(
         velocity: dx/dσ.
         noise: ``[B, C, H, W]`` at ``sigmas[0]``.
         sigmas: Decreasing noise levels.
-        solver: ``"euler"`` (one evaluation a step) or ``"heun"`` (two, second order; the last step to σ = 0 is Euler,
-            as in EDM, arXiv 2206.00364, algorithm 1).
+        solver: ``"euler"`` (one evaluation a step), ``"heun"`` (two, second order; the last step to σ = 0 is Euler,
+            as in EDM, arXiv 2206.00364, algorithm 1) or ``"dpmpp"`` (one, second order from the step before:
+            DPM-Solver++(2M), see :func:`_dpmpp`).
         callback: Called after every step.
 
     Raises:
@@ -72,17 +74,51 @@ def solver_steps(
     if solver not in SOLVERS:
         raise InputError(f"solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}.")
     x = noise
+    earlier: tuple[float, Tensor] | None = None
     for step, (here, there) in enumerate(pairwise(sigmas)):
         slope = yield x, here
-        following = x + (there - here) * slope
-        if solver == "heun" and there > 0:
-            second = yield following, there
-            following = x + (there - here) * 0.5 * (slope + second)
+        if solver == "dpmpp":
+            clean = x - here * slope
+            following = _dpmpp(x, clean, here, there, earlier)
+            earlier = here, clean
+        else:
+            following = x + (there - here) * slope
+            if solver == "heun" and there > 0:
+                second = yield following, there
+                following = x + (there - here) * 0.5 * (slope + second)
         x = following
         if callback is not None:
             replacement = callback(step, there, x)
             x = x if replacement is None else replacement
     return x
+
+
+def _dpmpp(x: Tensor, clean: Tensor, here: float, there: float, earlier: tuple[float, Tensor] | None) -> Tensor:
+    """One step of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) on the path x_σ = (1 − σ)·x + σ·ε.
+
+    With λ = log((1 − σ) / σ), h = λ_there − λ_here and r = h_before / h,
+
+        x_there = (σ_there / σ_here)·x_here − (1 − σ_there)·(e^−h − 1)·((1 + 1/2r)·x̂_here − (1/2r)·x̂_before).
+
+    First order where λ is infinite: for the step from σ = 1, the one after it, and the last, to σ = 0.
+
+    Args:
+        x: At ``here``.
+        clean: The model's x̂ there.
+        here: σ.
+        there: σ to go to.
+        earlier: σ and x̂ of the step before.
+    """
+
+    def log_ratio(sigma: float) -> float:
+        return math.log1p(-sigma) - math.log(sigma)
+
+    estimate = clean
+    if earlier is not None and earlier[0] < 1 and there > 0:
+        weight = 0.5 * (log_ratio(there) - log_ratio(here)) / (log_ratio(here) - log_ratio(earlier[0]))
+        estimate = (1 + weight) * clean - weight * earlier[1]
+    # e^−h = (1 − here)·there / (here·(1 − there)), so that (1 − there)·(1 − e^−h) is this, without an infinity:
+    return (there / here) * x + ((1 - there) - (1 - here) * there / here) * estimate
 
 
 def solve_with_scheduler(
