@@ -32,7 +32,7 @@ TOKENS_AT_ONCE = 16_384
 """Target tokens in flight, guidance branches included, from which the default ``batch_size`` follows."""
 _SETTINGS = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "negative_prompt", "fit")
 _IMAGE_SETTINGS = (*_SETTINGS, "guidance_interval", "solver", "shift", "best_of", "best_of_text")
-_TEXT_SETTINGS = (*_SETTINGS, "temperature", "top_p", "decoding")
+_TEXT_SETTINGS = (*_SETTINGS, "temperature", "top_p", "decoding", "confidence_threshold")
 
 
 @torch.no_grad()
@@ -122,7 +122,9 @@ def write(
     options, requests = _prepare(pipe, task, prompt, images, kind, given)
     guidance = Guidance(options["guidance_scale"], options["image_guidance_scale"])
     steps = options["num_inference_steps"]
-    decoding = TextDecoding(options["decoding"], steps, options["temperature"], options["top_p"])
+    decoding = TextDecoding(
+        options["decoding"], steps, options["temperature"], options["top_p"], options["confidence_threshold"]
+    )
     length = options["max_length"] or task.target_length
     if length > pipe.text_limit:
         raise InputError(f"max_length must be at most {pipe.text_limit} tokens for this model, got {length}")
