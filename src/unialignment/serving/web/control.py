@@ -40,7 +40,7 @@ def build(ctx: PageContext) -> Tab:
             source = source_panel(ctx, "Map to follow", "control")
             derive = gr.Button("Make a map of this picture", size="sm", elem_id="control-derive")
             kind = gr.Radio(list(KINDS), value="Depth", label="Map", elem_id="control-kind")
-            prompt = gr.Textbox(label="What to draw", lines=2, placeholder=EXAMPLES[0], max_length=1000,
+            prompt = gr.Textbox(label="What to draw", placeholder=EXAMPLES[0], max_length=1000,
                                 elem_id="control-prompt")  # fmt: skip
             run, stop = run_buttons("control", "Draw it")
             gr.Examples([[text] for text in EXAMPLES], [prompt], label="Examples")
@@ -62,10 +62,11 @@ def build(ctx: PageContext) -> Tab:
             if update.image is not None:
                 shown[result] = update.image
             if update.result is not None:
-                before, after = await asyncio.to_thread(ctx.pair, path, update.result)
+                after = str((await asyncio.to_thread(ctx.save, update.result))[0])
+                compared = await asyncio.to_thread(ctx.compared, path, update.result)
                 shown |= {
                     result: after,
-                    slider: gr.update(value=(before, after), visible=True),
+                    slider: gr.update(value=compared, visible=True),
                     download: gr.update(value=after, interactive=True),
                     status: progress(1.0, f"{update.note}, seed {options['seed']}"),
                     link[0]: link_query("control", {

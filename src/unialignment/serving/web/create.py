@@ -52,7 +52,7 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
         with gr.Column(min_width=280):
             mode = gr.Radio(list(MODES), value="From words", label="Draw", elem_id="create-mode")
             prompt = gr.Textbox(
-                label="What to draw", lines=2, submit_btn=False, max_length=1000, elem_id="create-prompt",
+                label="What to draw", submit_btn=False, max_length=1000, elem_id="create-prompt",
                 placeholder=EXAMPLES["generate"][0],
             )  # fmt: skip
             with gr.Column(visible=False) as given:

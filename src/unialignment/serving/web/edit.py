@@ -50,7 +50,7 @@ def build(ctx: PageContext) -> Tab:
     with gr.Row():
         with gr.Column(min_width=280):
             source = source_panel(ctx, "Picture to change", "edit")
-            prompt = gr.Textbox(label="What to change", lines=2, max_length=1000, elem_id="edit-prompt",
+            prompt = gr.Textbox(label="What to change", max_length=1000, elem_id="edit-prompt",
                                 placeholder=EXAMPLES[0])  # fmt: skip
             run, stop = run_buttons("edit", "Change it")
             gr.Examples([[text] for text in EXAMPLES], [prompt], label="Examples")
@@ -85,12 +85,13 @@ def build(ctx: PageContext) -> Tab:
             if update.image is not None:
                 shown[result] = update.image
             if update.result is not None:
-                before, after = await asyncio.to_thread(ctx.pair, path, update.result)
+                after = str((await asyncio.to_thread(ctx.save, update.result))[0])
+                compared = await asyncio.to_thread(ctx.compared, path, update.result)
                 turn = Turn(data, path.rsplit("/", 1)[-1], instruction, options["seed"])
                 history = [*history, turn][-MAX_TURNS:]
                 shown |= {
                     result: after, source: after, made: after, turns: history,
-                    slider: gr.update(value=(before, after), visible=True),
+                    slider: gr.update(value=compared, visible=True),
                     download: gr.update(value=after, interactive=True),
                     status: progress(1.0, f"{update.note}, seed {options['seed']}"),
                     link[0]: link_query("edit", {

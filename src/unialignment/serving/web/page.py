@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.requests import Request
 
+from unialignment.serving.guard import is_key
 from unialignment.serving.settings import ServerSettings
 from unialignment.serving.web import control, create, edit, perceive, understand
 from unialignment.serving.web.context import PageContext
@@ -78,14 +78,6 @@ def mount(app: FastAPI, engine: Any, settings: ServerSettings) -> None:
         css_paths=[STYLE],
         head='<meta name="description" content="Draw, edit, read and perceive pictures with one model.">',
     )
-
-
-def is_key(given: str, keys: Sequence[str]) -> bool:
-    """Whether ``given`` is one of the keys, in a time that does not depend on which."""
-    found = False
-    for key in keys:
-        found |= hmac.compare_digest(given.encode(), key.encode())
-    return found
 
 
 def theme() -> gr.themes.Base:

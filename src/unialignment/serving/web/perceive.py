@@ -61,10 +61,11 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
             if update.image is not None:
                 shown[result] = update.image
             if update.result is not None:
-                before, after = await asyncio.to_thread(ctx.pair, path, update.result)
+                after = str((await asyncio.to_thread(ctx.save, update.result))[0])
+                compared = await asyncio.to_thread(ctx.compared, path, update.result)
                 shown |= {
                     result: after,
-                    slider: gr.update(value=(before, after), visible=True),
+                    slider: gr.update(value=compared, visible=True),
                     download: gr.update(value=after, interactive=True),
                     status: progress(1.0, f"{update.note}, seed {options['seed']}"),
                     link[0]: link_query("perceive", {

@@ -41,7 +41,7 @@ def build(ctx: PageContext) -> Tab:
         with gr.Column(min_width=280):
             mode = gr.Radio(list(MODES), value="Describe", label="Do", elem_id="understand-mode")
             with gr.Column(visible=False) as asking:
-                prompt = gr.Textbox(label=LABELS["answer"], lines=2, max_length=1000, elem_id="understand-prompt",
+                prompt = gr.Textbox(label=LABELS["answer"], max_length=1000, elem_id="understand-prompt",
                                     placeholder=EXAMPLES["answer"][0])  # fmt: skip
             examples = {}
             for task, texts in EXAMPLES.items():

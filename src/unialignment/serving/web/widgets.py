@@ -333,7 +333,6 @@ def compare_slider(name: str, label: str) -> gr.ImageSlider:
         interactive=False,
         visible=False,
         elem_id=f"{name}-slider",
-        elem_classes="ua-picture",
         buttons=[],
     )
 

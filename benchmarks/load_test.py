@@ -1,0 +1,477 @@
+"""Many clients at once against a server that this script starts: throughput, latency, and whether results are right.
+
+    python benchmarks/load_test.py --clients 32 --seconds 120 --threads 2 --out benchmarks/load_test
+
+Three phases with the same mixture of tasks over HTTP:
+
+1. *alone*: every distinct request once, by one client. These results are the twins that all later ones must equal.
+2. *one at a time*: N clients against a server that computes one request after the other.
+3. *batched*: the same N clients against a server as it is started normally.
+
+A result equals its twin when texts are the same, pixels differ by at most 1/255, and vectors by at most 1e-4. Only 429
+(try again later) may go wrong besides. Writes ``OUT.json`` and ``OUT.md``; exits with 1 when something differed or
+failed, or with ``--required-ratio`` when batching gained too little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import platform
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+PIXELS = 1 / 255
+VECTORS = 1e-4
+TIMEOUT = 300.0
+PROMPTS = (
+    "a large flat car in the center, on a yellow background",
+    "a large shaded dog on the left, on a blue background",
+    "a flat rocket at the top, on a purple background",
+    "a shaded cat at the bottom left and a flat bus at the top right, on an orange background",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One distinct request and how to read its answer."""
+
+    task: str
+    path: str
+    body: bytes
+    content_type: str
+    read: Callable[[dict[str, Any]], Any] = field(repr=False)
+
+
+@dataclass
+class Tally:
+    """What one phase saw."""
+
+    seconds: float = 0.0
+    latencies: dict[str, list[float]] = field(default_factory=dict)
+    refused: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    differing: Counter[str] = field(default_factory=Counter)
+    worst: dict[str, float] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def done(self) -> int:
+        """Requests that were answered."""
+        return sum(map(len, self.latencies.values()))
+
+    @property
+    def throughput(self) -> float:
+        """Answers per second."""
+        return self.done / self.seconds if self.seconds else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+def scene(color: tuple[int, int, int], spot: tuple[int, int, int], side: int = 64) -> Image.Image:
+    """A plain picture with a square: any source does for measuring speed."""
+    image = Image.new("RGB", (side, side), color)
+    image.paste(spot, (side // 4, side // 4, side * 3 // 4, side * 3 // 4))
+    return image
+
+
+def png(image: Image.Image) -> bytes:
+    """Encoded."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read_picture(answer: dict[str, Any]) -> np.ndarray:
+    """Float pixels 0-1 of the first picture."""
+    data = base64.b64decode(answer["data"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32) / 255
+
+
+def read_text(answer: dict[str, Any]) -> str:
+    """The first choice."""
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def read_vectors(answer: dict[str, Any]) -> np.ndarray:
+    """All vectors."""
+    return np.asarray([entry["embedding"] for entry in answer["data"]], np.float32)
+
+
+def as_json(task: str, path: str, read: Callable[[dict[str, Any]], Any], **body: Any) -> Case:
+    """A request with a JSON body."""
+    return Case(task, path, json.dumps(body).encode(), "application/json", read)
+
+
+def as_form(task: str, pictures: list[bytes], **fields: Any) -> Case:
+    """A request to the edits route."""
+    edge = "edge-of-a-part"
+    parts = [
+        f'--{edge}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+        for name, value in fields.items()
+    ]
+    name = "image" if len(pictures) == 1 else "image[]"
+    for number, data in enumerate(pictures):
+        head = (
+            f'--{edge}\r\nContent-Disposition: form-data; name="{name}"; filename="{number}.png"\r\n'
+            "Content-Type: image/png\r\n\r\n"
+        )
+        parts.append(head.encode() + data + b"\r\n")
+    parts.append(f"--{edge}--\r\n".encode())
+    return Case(task, "/v1/images/edits", b"".join(parts), f"multipart/form-data; boundary={edge}", read_picture)
+
+
+def cases(model: str, seeds: int) -> list[Case]:
+    """The mixture: drawing, reading and perceiving about equally often."""
+    sources = [png(scene((200, 40, 40), (40, 80, 220))), png(scene((40, 160, 60), (240, 220, 60)))]
+    urls = ["data:image/png;base64," + base64.b64encode(data).decode() for data in sources]
+
+    def chat(task: str, url: str, text: str) -> Case:
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        message = {"role": "user", "content": content}
+        return as_json(task, "/v1/chat/completions", read_text, model=model, task=task, messages=[message], seed=0)
+
+    found: list[Case] = []
+    for seed in range(seeds):
+        prompt, url, source = PROMPTS[seed % len(PROMPTS)], urls[seed % 2], sources[seed % 2]
+        found += [
+            as_json("generate", "/v1/images/generations", read_picture, model=model, prompt=prompt, seed=seed),
+            # Fewer steps and no guidance: requests that differ in all of this share batches.
+            as_json("generate", "/v1/images/generations", read_picture, model=model, prompt=prompt, seed=seed,
+                    num_inference_steps=8 + seed, guidance_scale=1.0),
+            as_form("edit", [source], model=model, prompt="make the background green", seed=seed),
+            as_form("compose", sources, model=model, seed=seed,
+                    prompt="put the subject of image 1 to the left of the subject of image 2"),
+            as_form("perceive", [source], model=model, prompt="estimate the depth", task="perceive", seed=seed),
+            chat("caption", url, "describe the picture"),
+            chat("answer", url, ("what color is the background?", "what is in the picture?")[seed // 2 % 2]),
+            as_json("embed", "/v1/embeddings", read_vectors, model=model, input=[prompt, "a dog"]),
+        ]  # fmt: skip
+    return found
+
+
+def differs(twin: Any, result: Any) -> float:
+    """How far a result is from its twin, in units of what is allowed: above 1 is a fault."""
+    if isinstance(twin, str):
+        return 0.0 if twin == result else float("inf")
+    if twin.shape != result.shape:
+        return float("inf")
+    distance = float(np.abs(twin - result).max())
+    # Half a step of slack, so that rounding of 1/255 itself is no fault.
+    return distance / (VECTORS if twin.shape[-1] != 3 or twin.ndim != 3 else PIXELS * 1.001)
+
+
+# ------------------------------------------------------------------------------------------------------------- clients
+
+
+class Client:
+    """One connection that is kept open."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.connection: http.client.HTTPConnection | None = None
+
+    def send(self, case: Case) -> tuple[int, dict[str, Any], float]:
+        """Status, answer, and the seconds to wait before trying again if it was refused."""
+        if self.connection is None:
+            self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
+        try:
+            self.connection.request("POST", case.path, case.body, {"Content-Type": case.content_type})
+            response = self.connection.getresponse()
+            data = response.read()
+        except (OSError, http.client.HTTPException):
+            self.close()
+            raise
+        wait = float(response.headers.get("Retry-After") or 1)
+        if response.headers.get("Connection", "").lower() == "close":
+            self.close()
+        return response.status, json.loads(data), wait
+
+    def close(self) -> None:
+        """Hang up."""
+        if self.connection is not None:
+            self.connection.close()
+        self.connection = None
+
+
+def work(port: int, mixture: list[Case], twins: list[Any], until: float, seed: int, tally: Tally) -> None:
+    """One client: requests one after the other in an order of its own until the time is over."""
+    client, rng = Client(port), random.Random(seed)
+    while time.monotonic() < until:
+        index = rng.randrange(len(mixture))
+        case, started = mixture[index], time.monotonic()
+        try:
+            while True:
+                status, answer, wait = client.send(case)
+                if status != 429:
+                    break
+                with tally.lock:
+                    tally.refused += 1
+                time.sleep(wait * rng.uniform(0.5, 1.0))
+            seconds = time.monotonic() - started
+            if status != 200:
+                with tally.lock:
+                    tally.errors[f"{case.task}: {status} {answer.get('error', {}).get('message', '')[:120]}"] += 1
+                continue
+            distance = differs(twins[index], case.read(answer))
+        except Exception as error:
+            with tally.lock:
+                tally.errors[f"{case.task}: {type(error).__name__}: {error}"[:160]] += 1
+            continue
+        with tally.lock:
+            tally.latencies.setdefault(case.task, []).append(seconds)
+            tally.worst[case.task] = max(tally.worst.get(case.task, 0.0), distance)
+            if distance > 1:
+                tally.differing[case.task] += 1
+    client.close()
+
+
+def load(port: int, mixture: list[Case], twins: list[Any], clients: int, seconds: float) -> Tally:
+    """All clients at once. Requests under way when the time is over are waited for and counted."""
+    tally, started = Tally(), time.monotonic()
+    threads = [
+        threading.Thread(target=work, args=(port, mixture, twins, started + seconds, seed, tally))
+        for seed in range(clients)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tally.seconds = time.monotonic() - started
+    return tally
+
+
+# -------------------------------------------------------------------------------------------------------------- server
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, args: argparse.Namespace, max_active: int | None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, __file__, "--serve", str(self.port), "--model", args.model]
+        command += ["--threads", str(args.threads)]
+        if max_active is not None:
+            command += ["--max-active", str(max_active)]
+        self.process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
+        until = time.monotonic() + 600
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                raise SystemExit("the server did not start; its messages are above")
+            if self._get("/readyz") is not None:
+                return
+            time.sleep(0.2)
+        raise SystemExit("the server was not ready after 10 minutes")
+
+    def _get(self, path: str) -> str | None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            text = response.read().decode()
+            return text if response.status == 200 else None
+        except OSError:
+            return None
+        finally:
+            connection.close()
+
+    def rows_per_pass(self) -> float | None:
+        """Mean batch of the denoising network so far."""
+        values: dict[str, float] = {}
+        for line in (self._get("/metrics") or "").splitlines():
+            name, _, value = line.rpartition(" ")
+            if not line.startswith("#"):
+                values[name.partition("{")[0]] = float(value)
+        rows = next((value for name, value in values.items() if name.endswith("rows_total")), None)
+        passes = next((value for name, value in values.items() if name.endswith("passes_total")), None)
+        return rows / passes if rows and passes else None
+
+    def memory(self) -> int | None:
+        """Resident bytes, on Linux."""
+        try:
+            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        except (OSError, ValueError, IndexError):
+            return None
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self) -> None:
+        """End it and wait."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def serve(args: argparse.Namespace) -> None:
+    """The server's process."""
+    from dataclasses import replace
+
+    import torch
+    import uvicorn
+
+    import unialignment
+    from unialignment.serving.app import create_app
+    from unialignment.serving.engine import Engine
+    from unialignment.serving.settings import ServerSettings
+
+    torch.set_num_threads(args.threads)
+    settings = ServerSettings(port=args.serve, web=False)
+    if args.max_active is not None:
+        settings = replace(settings, engine=replace(settings.engine, max_active=args.max_active))
+    with Engine(unialignment.load(args.model), settings.engine) as engine:
+        uvicorn.run(create_app(engine, settings), port=args.serve, log_level="warning", timeout_graceful_shutdown=5)
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def summary(tally: Tally) -> dict[str, Any]:
+    """Figures of a phase."""
+    everything = sorted(value for values in tally.latencies.values() for value in values)
+
+    def quantiles(values: list[float]) -> dict[str, float]:
+        return {f"p{q}": round(float(np.quantile(values, q / 100)), 4) for q in (50, 90, 99)} if values else {}
+
+    return {
+        "seconds": round(tally.seconds, 2),
+        "answers": tally.done,
+        "answers_per_second": round(tally.throughput, 3),
+        "latency_seconds": quantiles(everything),
+        "latency_by_task": {task: quantiles(values) for task, values in sorted(tally.latencies.items())},
+        "answers_by_task": {task: len(values) for task, values in sorted(tally.latencies.items())},
+        "refused_429": tally.refused,
+        "errors": dict(tally.errors),
+        "differing": dict(tally.differing),
+        "largest_difference_over_allowed": {task: round(value, 4) for task, value in sorted(tally.worst.items())},
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page."""
+    one, many, facts = report["one_at_a_time"], report["batched"], report["facts"]
+    rows = [
+        "# Load test",
+        "",
+        f"`{report['command']}`",
+        "",
+        f"{facts['clients']} clients, {facts['threads']} thread(s) of torch, "
+        f"{facts['cores']} core(s) for server and clients together, {facts['machine']}.",
+        "",
+        "| | one at a time | batched |",
+        "|---|---:|---:|",
+        f"| answers | {one['answers']} in {one['seconds']:.0f} s | {many['answers']} in {many['seconds']:.0f} s |",
+        f"| answers per second | {one['answers_per_second']:.2f} | **{many['answers_per_second']:.2f}** |",
+    ]
+    for q in ("p50", "p99"):
+        a, b = one["latency_seconds"].get(q, 0), many["latency_seconds"].get(q, 0)
+        rows.append(f"| latency {q} | {a:.2f} s | {b:.2f} s |")
+    rows += [
+        f"| refused (429, tried again) | {one['refused_429']} | {many['refused_429']} |",
+        f"| other errors | {sum(one['errors'].values())} | {sum(many['errors'].values())} |",
+        f"| results unlike their twin | {sum(one['differing'].values())} | {sum(many['differing'].values())} |",
+        "",
+        f"Batching serves **{report['ratio']:.2f} ×** as many requests.",
+        "",
+        "| task | answers | p50 | p99 | largest difference / allowed |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for task, latency in many["latency_by_task"].items():
+        worst = many["largest_difference_over_allowed"][task]
+        count = many["answers_by_task"][task]
+        rows.append(f"| {task} | {count} | {latency['p50']:.2f} s | {latency['p99']:.2f} s | {worst:.3f} |")
+    if report["rows_per_pass"]:
+        rows += ["", f"Mean batch of the denoising network: {report['rows_per_pass']:.1f} rows."]
+    before, after = report["memory_bytes"]
+    if before and after:
+        rows += ["", f"Memory of the server: {before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after the load."]
+    return "\n".join([*rows, ""])
+
+
+def main() -> int:
+    """Run the phases and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=120.0, help="length of the batched phase")
+    parser.add_argument("--baseline-seconds", type=float, help="of the other one (default: a third)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch threads")
+    parser.add_argument("--seeds", type=int, default=4, help="distinct requests: 8 for each seed")
+    parser.add_argument("--required-ratio", type=float, default=0.0, help="least gain of batching")
+    parser.add_argument("--out", type=Path, default=Path("out/load_test"), help="files to write, without ending")
+    parser.add_argument("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
+    parser.add_argument("--max-active", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args)
+        return 0
+    mixture = cases(args.model, args.seeds)
+    twins: list[Any] = []
+    with Server(args, None) as server:
+        client = Client(server.port)
+        for case in mixture:
+            status, answer, _ = client.send(case)
+            if status != 200:
+                raise SystemExit(f"{case.task} alone failed with {status}: {answer}")
+            twins.append(case.read(answer))
+        client.close()
+        before = server.memory()
+        print(f"alone: {len(mixture)} requests", flush=True)
+        many = load(server.port, mixture, twins, args.clients, args.seconds)
+        after, batch = server.memory(), server.rows_per_pass()
+        print(f"batched: {many.throughput:.2f} answers/s", flush=True)
+    with Server(args, 1) as server:
+        one = load(server.port, mixture, twins, args.clients, args.baseline_seconds or args.seconds / 3)
+        print(f"one at a time: {one.throughput:.2f} answers/s", flush=True)
+    report = {
+        "command": "python benchmarks/load_test.py " + " ".join(sys.argv[1:]),
+        "facts": {
+            "clients": args.clients,
+            "threads": args.threads,
+            "cores": len(os.sched_getaffinity(0)),
+            "machine": f"{platform.machine()}, Python {platform.python_version()}",
+            "model": args.model,
+        },
+        "ratio": round(many.throughput / one.throughput, 3) if one.throughput else None,
+        "rows_per_pass": batch,
+        "memory_bytes": [before, after],
+        "one_at_a_time": summary(one),
+        "batched": summary(many),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    args.out.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+    print(markdown(report))
+    wrong = sum(sum(tally.errors.values()) + sum(tally.differing.values()) for tally in (one, many))
+    return int(wrong > 0 or (report["ratio"] or 0.0) < args.required_ratio)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
