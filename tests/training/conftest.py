@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -72,3 +74,13 @@ def tiny_autoencoder(repo_root: Path, tmp_path: Path) -> Callable[..., Autoencod
 def silent() -> Console:
     """A console that prints nothing."""
     return Console(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def workers() -> ModuleType:
+    """``worker.py`` of this folder: starts runs in processes of their own."""
+    spec = importlib.util.spec_from_file_location("training_worker", Path(__file__).with_name("worker.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

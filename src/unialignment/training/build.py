@@ -23,6 +23,7 @@ from unialignment.tasks import TASKS
 from unialignment.training import lora
 from unialignment.training.config import TransformerConfig
 from unialignment.training.objective import Objective, ObjectiveSettings
+from unialignment.training.samples import training_texts
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "tiny": {"num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2},
@@ -73,6 +74,8 @@ def build_tokenizer(config: TransformerConfig, folder: Path) -> TextTokenizer:
         from unialignment.model.layouts import load_model_tokenizer
 
         tokenizer = load_model_tokenizer(config.model.initial)
+    elif (texts := training_texts(config, config.text.corpus)) is not None:
+        tokenizer = TextTokenizer.train(texts, config.text.vocab_size)
     else:
         from unialignment.world.presets import preset
         from unialignment.world.sprites import SpritePack
@@ -164,7 +167,6 @@ def build_objective(
         )
         transformer = UniAlignmentTransformer(**arguments)
         embedder = TokenEmbedder(tokenizer.vocab_size, transformer.config.joint_attention_dim, config.text.max_length)
-    transformer.gradient_checkpointing = config.run.activation_checkpointing
     if config.lora.rank:
         layers = lora.prepare(transformer, embedder, config.lora)
         report(f"LoRA of rank {config.lora.rank} on {len(layers)} layers; all other weights are frozen.")

@@ -3,7 +3,8 @@
 A checkpoint is a folder ``step-00001234`` with ``tensors.safetensors``, ``state.json`` and ``manifest.json``
 (sizes and sha256 of the others). It is written beside its final place, flushed to disk and renamed; only then does
 the ``latest`` pointer move. So a crash, a kill or a full disk leaves the previous checkpoint untouched and in
-force. No pickle is involved. Knows nothing of what the tensors mean.
+force. No pickle is involved, except in sharded ones (:mod:`unialignment.training.sharded`). Knows nothing of what
+the tensors mean.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from unialignment.storage import atomic_folder, storage_error, write_json, write
 
 PREFIX = "step-"
 LATEST = "latest"
+BEST = "best.json"
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+SHARDS = "shards"
+"""Folder of ``torch.distributed.checkpoint``, instead of ``TENSORS``, where every process writes its own part."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -50,11 +54,13 @@ class CheckpointStore:
     Args:
         folder: Folder for this run's checkpoints; created on the first save.
         keep: How many of the newest to keep.
+        keep_best: How many of those with the best validations to keep besides.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, keep_best: int = 0) -> None:
         self.folder = folder
         self.keep = max(1, keep)
+        self.keep_best = keep_best
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
         """Write a checkpoint and make it the latest.
@@ -70,8 +76,8 @@ class CheckpointStore:
         Raises:
             StorageError: it could not be written; earlier checkpoints are intact and still the latest.
         """
-        final = self.folder / f"{PREFIX}{step:08d}"
-        self._remove_partials()
+        final = self.place(step)
+        self.remove_partials()
         try:
             with atomic_folder(final) as partial:
                 own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -80,14 +86,53 @@ class CheckpointStore:
                 files = {name: partial / name for name in (TENSORS, STATE)}
                 manifest = {n: {"bytes": f.stat().st_size, "sha256": file_checksum(f)} for n, f in files.items()}
                 write_json(partial / MANIFEST, manifest)
-            write_text(self.folder / LATEST, final.name)
+            self.announce(step)
         except StorageError as error:
-            raise StorageError(
-                f"Could not save the checkpoint of step {step}: {error}. Earlier checkpoints in {self.folder} are "
-                "intact; free some space and resume."
-            ) from error
-        self._prune()
+            raise self.failed(step, error) from error
         return final
+
+    def place(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.folder / f"{PREFIX}{step:08d}"
+
+    def announce(self, step: int) -> None:
+        """Make the checkpoint of a step the latest and remove those that are no longer kept.
+
+        Raises:
+            StorageError: the pointer could not be written.
+        """
+        write_text(self.folder / LATEST, self.place(step).name)
+        self._prune()
+
+    def failed(self, step: int, reason: object) -> StorageError:
+        """The error to raise when a checkpoint could not be written."""
+        return StorageError(
+            f"Could not save the checkpoint of step {step}: {reason}. Earlier checkpoints in {self.folder} are "
+            "intact; free some space and resume."
+        )
+
+    def best(self) -> list[dict[str, float]]:
+        """``step`` and ``score`` of the best checkpoints that are kept, best first."""
+        try:
+            found = json.loads((self.folder / BEST).read_text())
+        except (OSError, ValueError):
+            return []
+        return [entry for entry in found if self.place(int(entry["step"])).is_dir()]
+
+    def is_better(self, score: float) -> bool:
+        """Whether a validation score (lower is better) is among the best that are kept."""
+        known = self.best()
+        return self.keep_best > 0 and (len(known) < self.keep_best or score < known[-1]["score"])
+
+    def mark_best(self, step: int, score: float) -> None:
+        """Keep the checkpoint of a step, which exists, as one of the best.
+
+        Raises:
+            StorageError: the list could not be written.
+        """
+        entries = [entry for entry in self.best() if entry["step"] != step] + [{"step": step, "score": score}]
+        write_json(self.folder / BEST, sorted(entries, key=lambda entry: entry["score"])[: self.keep_best])
+        self._prune()
 
     def latest(self) -> Path | None:
         """Folder of the newest complete checkpoint, or ``None``. Falls back to older ones if one is damaged."""
@@ -107,13 +152,14 @@ class CheckpointStore:
             raise CheckpointError(f"No usable checkpoint in {self.folder}.")
         if not self._intact(folder):
             raise CheckpointError(f"The checkpoint {folder} is incomplete or damaged (its checksums do not match).")
-        return load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
+        return read_tensors(folder), read_state(folder)
 
     def clear(self) -> None:
         """Remove every checkpoint of the run."""
         for path in self._candidates():
             shutil.rmtree(path, ignore_errors=True)
-        (self.folder / LATEST).unlink(missing_ok=True)
+        for name in (LATEST, BEST):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _candidates(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -136,16 +182,30 @@ class CheckpointStore:
                     return False
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return {TENSORS, STATE} <= set(manifest)
+        names = set(manifest)
+        return {TENSORS, STATE} <= names or {f"{SHARDS}/.metadata", STATE} <= names
 
-    def _remove_partials(self) -> None:
+    def remove_partials(self) -> None:
         """What a killed save left behind; its names start with a dot, so nothing ever takes it for a checkpoint."""
         for path in self.folder.glob(f".{PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:
+        spared = {self.place(int(entry["step"])) for entry in self.best()}
         for path in self._candidates()[self.keep :]:
-            shutil.rmtree(path, ignore_errors=True)
+            if path not in spared:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an intact checkpoint that one process wrote."""
+    return load_file(folder / TENSORS)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The plain part of an intact checkpoint."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return state
 
 
 def _unshare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Exponential moving average of a model's weights. Knows nothing of training loops or files.
 
-The decay is warmed up (``(1 + n) / (10 + n)`` until it reaches the set value), so that the average of a short run
+Sharded weights have sharded averages. The decay is warmed up (``(1 + n) / (10 + n)`` until it reaches the set value), so that the average of a short run
 is not its initialisation. Buffers are copied, not averaged.
 """
 
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from unialignment.training.parallel import local_tensor
 
 
 class ExponentialMovingAverage:
@@ -43,8 +45,9 @@ class ExponentialMovingAverage:
         """Move the average towards the model's present weights; call after each optimizer step."""
         weight = 1.0 - self.current_decay()
         if self.shadow:
-            values = [p.detach().float() for p in self._parameters.values()]
-            torch._foreach_lerp_(list(self.shadow.values()), values, weight)
+            # Of sharded weights each process averages its own part.
+            values = [local_tensor(p.detach()).float() for p in self._parameters.values()]
+            torch._foreach_lerp_([local_tensor(s) for s in self.shadow.values()], values, weight)
         self.updates += 1
 
     @torch.no_grad()

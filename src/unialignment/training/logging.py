@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from unialignment.errors import StorageError
 from unialignment.training.schedule import Progress as RunProgress
+from unialignment.training.trackers import open_tracker
 
 
 class RunLog:
@@ -30,9 +31,20 @@ class RunLog:
         tensorboard: Whether to write TensorBoard event files to ``folder/tensorboard``.
         resume_step: On resuming, lines of later steps (logged after the checkpoint) are dropped, so that every
             step occurs once.
+        trackers: Names of further trackers, see :mod:`unialignment.training.trackers`.
+        name: Of the run, for trackers.
+        settings: The run's configuration, for trackers.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool = True, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+        trackers: Sequence[str] = (),
+        name: str = "run",
+        settings: dict[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +56,7 @@ class RunLog:
                 self.path.unlink()
         except OSError as error:
             raise StorageError(f"Cannot use the run folder {folder}: {error.strerror or error}.") from error
+        self._trackers = [open_tracker(tracker, folder, name, settings or {}) for tracker in trackers]
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -66,6 +79,8 @@ class RunLog:
             if self._writer is not None:
                 for name, value in values.items():
                     self._writer.add_scalar(prefix + name, value, step)
+            for tracker in self._trackers:
+                tracker.scalars(step, {prefix + name: v for name, v in values.items() if math.isfinite(v)})
         except OSError as error:
             raise StorageError(f"Cannot write {self.path}: {error.strerror or error}.") from error
 
@@ -81,6 +96,8 @@ class RunLog:
             PILImage.fromarray(picture).save(path)
             if self._writer is not None:
                 self._writer.add_image(name, picture, step, dataformats="HWC")
+            for tracker in self._trackers:
+                tracker.image(step, f"samples/{name}", path)
         except OSError as error:
             raise StorageError(f"Cannot write {path}: {error.strerror or error}.") from error
         return path
@@ -99,6 +116,9 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close."""
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
         if self._writer is not None:
             self._writer.close()
             self._writer = None

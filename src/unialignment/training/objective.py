@@ -9,20 +9,28 @@ name: a batch says what is condition and what is target.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from unialignment.alignment.losses import contrastive_loss, intrinsic_loss
+from unialignment.alignment.pairs import Exchange, Side, matched, shared_contrastive_loss
 from unialignment.alignment.projectors import AlignmentProjector
 from unialignment.diffusion import FlowPath, MaskedPath
+from unialignment.diffusion.base import PathSample
 from unialignment.errors import ConfigError
 from unialignment.model.cache import TransformerOutput
 from unialignment.model.tokenizer import encode_conditions
 from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.training.batching import Batch
+from unialignment.training.sharing import Share
+
+T = TypeVar("T")
+PairGradients = list[tuple[Tensor | None, Tensor | None]]
+"""By batch: the contrastive loss's gradient by its picture and its text embeddings ``[b, E]``."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class ObjectiveSettings:
         projector_dim: Hidden width of the projectors.
         draws: Noise levels each target is denoised at in a step (``prefix`` only): conditions are encoded once and
             shared, so that a further draw costs the target's tokens alone. The loss of a sample is the mean over them.
+        negatives: What a pair is told apart from: the other pairs of its ``"micro_batch"``, or of the whole ``"step"``.
     """
 
     image: float = 1.0
@@ -61,14 +70,22 @@ class ObjectiveSettings:
     text_teacher_dim: int = 0
     projector_dim: int = 512
     draws: int = 1
+    negatives: str = "micro_batch"
 
 
 @dataclass
 class ObjectiveOutput:
-    """Total loss (with gradient) and its parts as tensors without gradient, by name."""
+    """Total loss (with gradient), and its parts by name.
+
+    Attributes:
+        loss: Scalar, with gradient.
+        logs: Parts and other numbers, without gradient.
+        parts: The weighted terms of ``loss``, with gradient.
+    """
 
     loss: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module):
@@ -128,6 +145,7 @@ class Objective(nn.Module):
             }
         )
         self.feature_layer = settings.feature_layer or max(1, round(transformer.config.num_layers / 3))
+        self.exchange = Exchange()
 
     @property
     def _wants_features(self) -> bool:
@@ -147,82 +165,169 @@ class Objective(nn.Module):
             }
         )
 
-    def forward(self, batches: list[Batch], generator: torch.Generator | None = None) -> ObjectiveOutput:
-        """Loss of one step's batches.
+    def forward(
+        self,
+        batches: Sequence[Batch | Share],
+        generator: torch.Generator | None = None,
+        pair_gradients: PairGradients | None = None,
+    ) -> ObjectiveOutput:
+        """Loss of one micro-batch.
 
-        Every sample counts the same within its target kind, whatever batch it came in.
+        Every sample counts the same within its target kind, whatever batch it came in. Of shares, the loss is this
+        process's part times the number of parts: the mean over processes is the loss of the whole, its gradient too.
 
         Args:
-            batches: From :func:`~unialignment.training.batching.collate`.
-            generator: CPU generator of times, noise and masks.
+            batches: From :func:`~unialignment.training.batching.collate`, or shares of them.
+            generator: CPU generator of times, noise and masks; at the same state in all processes.
+            pair_gradients: With ``negatives="step"``: what
+                :func:`~unialignment.alignment.pairs.cached_gradients` found, already scaled for this process.
         """
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = defaultdict(int)
         by_task: dict[str, list[Tensor]] = defaultdict(list)
+        task_counts: dict[str, int] = defaultdict(int)
         intrinsic: dict[str, list[Tensor]] = defaultdict(list)
-        text_pairs: dict[int, Tensor] = {}
-        image_pairs: dict[int, Tensor] = {}
+        texts, images = Side(), Side()
         cross: list[Tensor] = []
-        for batch in batches:
-            losses, output = self.batch_loss(batch, generator)
+        scale = 1
+        for index, item in enumerate(batches):
+            share = item if isinstance(item, Share) else None
+            batch = item.batch if isinstance(item, Share) else item
+            tasks = batch.tasks if share is None else share.tasks
+            losses, output = self.batch_loss(item, generator)
+            if share is not None:
+                scale = share.parts
+                if not losses.requires_grad and torch.is_grad_enabled():
+                    losses = losses + _touch(output)  # every process must take part in every backward pass
             sums[batch.target] = sums.get(batch.target, 0) + (losses * batch.weights.to(losses)).sum()
-            counts[batch.target] += len(batch)
-            for task in dict.fromkeys(batch.tasks):
+            counts[batch.target] += len(tasks)
+            for task in dict.fromkeys(tasks):
                 chosen = torch.tensor([t == task for t in batch.tasks])
+                if share is not None:
+                    chosen &= share.valid
                 by_task[task].append(losses.detach()[chosen.to(losses.device)])
-            self._collect_pairs(batch, output, text_pairs, image_pairs, cross)
-            self._collect_intrinsic(batch, output, intrinsic)
-        total: Tensor | float = 0.0
+                task_counts[task] += sum(t == task for t in tasks)
+            self._collect_pairs(batch, output, texts, images, cross, pair_gradients and pair_gradients[index])
+            self._collect_intrinsic(item, output, intrinsic)
+        parts: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         for target, weight in (("image", self.settings.image), ("text", self.settings.text)):
-            if counts[target]:
-                part = sums[target] / counts[target]
+            if target in sums:
+                part = scale * sums[target] / max(1, counts[target])
                 logs[f"loss/{target}"] = part.detach()
-                total = total + weight * part
+                parts[target] = weight * part
         for task, values in by_task.items():
-            logs[f"task/{task}"] = torch.cat(values).mean()
-        shared = sorted(text_pairs.keys() & image_pairs.keys())
-        if len(shared) > 1:
-            images = torch.stack([image_pairs[i] for i in shared])
-            texts = torch.stack([text_pairs[i] for i in shared])
-            cross.append(contrastive_loss(images, texts, temperature=self.settings.temperature))
-            logs["cross/accuracy"] = ((images @ texts.T).argmax(1).cpu() == torch.arange(len(shared))).float().mean()
+            found = torch.cat(values)
+            logs[f"task/{task}"] = found.mean() if scale == 1 else scale * found.sum() / task_counts[task]
+        self._compare(texts, images, cross, logs)
         if cross:
-            part = torch.stack(cross).mean()
-            logs["loss/cross"] = part.detach()
-            total = total + self.settings.cross * part
-        for stream, parts in intrinsic.items():
-            part = torch.stack(parts).mean()
+            part = torch.stack(cross).mean() if pair_gradients is None else torch.stack(cross).sum()
+            if pair_gradients is None:
+                logs["loss/cross"] = part.detach()
+            parts["cross"] = self.settings.cross * part
+        for stream, pieces in intrinsic.items():
+            part = torch.stack(pieces).mean()
             logs[f"loss/intrinsic_{stream}"] = part.detach()
-            total = total + self.settings.intrinsic * part
-        assert isinstance(total, Tensor), "a step needs at least one batch"
-        logs["loss/total"] = total.detach()
-        return ObjectiveOutput(total, logs)
+            parts[f"intrinsic_{stream}"] = self.settings.intrinsic * part
+        assert parts, "a step needs at least one batch"
+        total: Tensor | float = 0.0
+        for part in parts.values():
+            total = total + part
+        assert isinstance(total, Tensor)
+        # A surrogate has the right gradient and a value without meaning; the trainer adds the loss that it stands for.
+        meaningful = total if pair_gradients is None or "cross" not in parts else total - parts["cross"]
+        logs["loss/total"] = meaningful.detach()
+        return ObjectiveOutput(total, logs, parts)
 
-    def batch_loss(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, TransformerOutput]:
-        """Per-sample diffusion loss ``[B]`` of one batch, and the features of each sample's first draw."""
+    def within(self, function: Callable[[], T]) -> T:
+        """Run a function as a pass of this module, so that whatever is applied to its passes applies to it too."""
+        return function()
+
+    @torch.no_grad()
+    def pair_features(
+        self, batches: Sequence[Batch | Share], generator: torch.Generator | None = None
+    ) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """What :func:`~unialignment.alignment.pairs.cached_gradients` needs of one micro-batch.
+
+        Args:
+            batches: As for :meth:`forward`.
+            generator: At the state that :meth:`forward` will find it in.
+
+        Returns:
+            By batch: pair ids ``[b]``, picture and text embeddings ``[b, E]`` or ``None``.
+        """
+        result: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+        for item in batches:
+            batch = item.batch if isinstance(item, Share) else item
+            if self.settings.cross_form == "published":
+                _, output = self.batch_loss(item, generator)  # noise and all: both streams have seen the target
+            else:
+                output = TransformerOutput()
+                if self._pair_sides(batch) != (False, False):
+                    _, sources = self._latents(batch)
+                    prompt = self._prompt(batch)
+                    output = self.transformer.prefill(
+                        text_embeds=prompt, text_mask=batch.prompt_mask, images=sources, features=True
+                    ).output
+            image, text = self._pair_embeddings(batch, output)
+            result.append((batch.pair_ids, image, text))
+        return result
+
+    def batch_loss(
+        self, item: Batch | Share, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, TransformerOutput]:
+        """Per-sample diffusion loss ``[b]`` of one batch, and the features of each sample's first draw."""
+        batch = item.batch if isinstance(item, Share) else item
         draws = self._draws(batch)
         target, sources = self._latents(batch)
-        prompt = self.text_embedder.embed(batch.prompt_ids, batch.prompt_mask)
+        prompt = self._prompt(batch)
         rows = torch.arange(len(batch)).repeat_interleave(draws)
+        places, count = rows, len(rows)  # where these draws stand among those of the whole batch
+        if isinstance(item, Share):
+            places = (item.rows[:, None] * draws + torch.arange(draws)).flatten()
+            count = item.total * draws
         process: FlowPath | MaskedPath
         if batch.target == "image":
             assert target is not None
             process = self.flow
-            path = self.flow.sample_path(target[rows], self.flow.sample_time(len(rows), generator), generator)
+            path = self._noised_pictures(target[rows], places, count, generator)
             noised: dict[str, Any] = {"latents": path.noised}
         else:
             assert batch.target_ids is not None
             process = self.masked
-            time = self.masked.sample_time(len(rows), generator)
             maskable = None if batch.maskable is None else batch.maskable[rows]
-            path = self.masked.sample_path(batch.target_ids[rows], time, generator, maskable)
+            path = self._masked_texts(batch.target_ids[rows], maskable, places, count, generator)
             embeds = self.text_embedder.embed(path.noised, None)
             noised = {"text_embeds": embeds, "logit_positions": path.corrupted}
         output = self._denoise(batch, prompt, sources, noised, path.timestep.to(prompt.device), rows)
         prediction = output.velocity if batch.target == "image" else output.text_logits
         assert prediction is not None
         return process.loss(prediction, path).view(len(batch), draws).mean(1), output
+
+    def _noised_pictures(
+        self, clean: Tensor, places: Tensor, count: int, generator: torch.Generator | None
+    ) -> PathSample:
+        """Noised latents; of shares, with the times and noise that these rows have in the whole batch."""
+        time = self.flow.sample_time(count, generator)
+        if count == len(places):
+            return self.flow.sample_path(clean, time, generator)
+        noise = torch.randn((count, *clean.shape[1:]), generator=generator, dtype=clean.dtype)
+        return self.flow.sample_path(clean, time[places], None, noise[places].to(clean.device))
+
+    def _masked_texts(
+        self, clean: Tensor, maskable: Tensor | None, places: Tensor, count: int, generator: torch.Generator | None
+    ) -> PathSample:
+        """Masked texts; of shares, with the times and masks that these rows have in the whole batch."""
+        time = self.masked.sample_time(count, generator)
+        if count == len(places):
+            return self.masked.sample_path(clean, time, generator, maskable)
+        whole = self.masked.sample_path(clean.new_zeros(count, clean.shape[1]), time, generator)
+        assert whole.corrupted is not None
+        corrupted = whole.corrupted[places.to(clean.device)]
+        if maskable is not None:
+            corrupted = corrupted & maskable
+        noised = torch.where(corrupted, self.masked.mask_id, clean)
+        return PathSample(clean, noised, time[places], torch.zeros(len(places)), corrupted=corrupted)
 
     def _draws(self, batch: Batch) -> int:
         # Sharing pays where the conditions are dear; without a source another prompt teaches more than another draw.
@@ -239,7 +344,10 @@ class Objective(nn.Module):
     ) -> TransformerOutput:
         """The transformer's pass over the noised targets of a batch, ``rows`` saying whose conditions each has."""
         layer = self.feature_layer if self._wants_features else None
-        paired = self.settings.cross > 0 and bool((batch.pair_ids >= 0).any())
+        # Within a group of processes all must compute alike, whoever holds the pairs.
+        paired = self._pair_sides(batch) != (False, False) and (
+            self.exchange.parts > 1 or bool((batch.pair_ids >= 0).any())
+        )
         image_target = batch.target == "image"
         if self.transformer.config.attention_mode == "joint":
             text = {"text_embeds": prompt, "text_mask": batch.prompt_mask}
@@ -268,8 +376,17 @@ class Objective(nn.Module):
             setattr(output, name, getattr(cache.output, name))
         return output
 
+    def _prompt(self, batch: Batch) -> Tensor:
+        """Embedded condition texts ``[B, L, D]``, from the feature cache if the batch has them."""
+        if batch.prompt_embeds is not None:
+            return batch.prompt_embeds
+        embedded: Tensor = self.text_embedder.embed(batch.prompt_ids, batch.prompt_mask)
+        return embedded
+
     def _latents(self, batch: Batch) -> tuple[Tensor | None, list[Tensor]]:
         """Target (if a picture) and source latents, in one autoencoder pass when sizes agree."""
+        if batch.encoded:
+            return batch.target_images, list(batch.sources)
         images = ([] if batch.target_images is None else [batch.target_images]) + list(batch.sources)
         if not images:
             return None, []
@@ -280,42 +397,99 @@ class Objective(nn.Module):
                 latents = [self.autoencoder.encode(image).float() for image in images]
         return (None, latents) if batch.target_images is None else (latents[0], latents[1:])
 
+    def _pair_sides(self, batch: Batch) -> tuple[bool, bool]:
+        """Whether a batch gives picture and text embeddings to the contrastive loss."""
+        if not self.settings.cross:
+            return False, False
+        plain = batch.target == "image" and not batch.sources
+        if self.settings.cross_form == "published":
+            return plain, plain
+        return batch.target == "text" and len(batch.sources) == 1, plain
+
+    def _pair_embeddings(self, batch: Batch, output: TransformerOutput) -> tuple[Tensor | None, Tensor | None]:
+        """Picture and text embeddings ``[b, E]``, unit vectors, where :meth:`_pair_sides` says so."""
+        picture, words = self._pair_sides(batch)
+        image = text = None
+        if picture and output.image_features is not None:
+            image = self.transformer.embed(output.image_features, "image")
+        if words and output.text_features is not None:
+            text = self.transformer.embed(output.text_features, "text", batch.prompt_mask)
+        return image, text
+
     def _collect_pairs(
         self,
         batch: Batch,
         output: TransformerOutput,
-        text_pairs: dict[int, Tensor],
-        image_pairs: dict[int, Tensor],
+        texts: Side,
+        images: Side,
         cross: list[Tensor],
+        gradients: tuple[Tensor | None, Tensor | None] | None,
     ) -> None:
-        rows = (batch.pair_ids >= 0).nonzero().flatten().tolist()
-        if not self.settings.cross or not rows:
+        together = self.exchange.parts > 1  # then even a process without pairs takes part in gathering
+        if self._pair_sides(batch) == (False, False) or not (together or bool((batch.pair_ids >= 0).any())):
             return
-        if self.settings.cross_form == "published":
-            if batch.target == "image" and not batch.sources and len(rows) > 1:
-                assert output.image_features is not None
-                assert output.text_features is not None
-                image = self.transformer.embed(output.image_features, "image")
-                text = self.transformer.embed(output.text_features, "text", batch.prompt_mask)
+        image, text = self._pair_embeddings(batch, output)
+        if self.settings.negatives == "step":
+            for embedded, gradient in zip((image, text), gradients or (None, None), strict=True):
+                if embedded is not None and gradient is not None:
+                    cross.append((embedded * gradient.to(embedded)).sum())
+        elif self.settings.cross_form == "published":
+            assert image is not None
+            assert text is not None
+            if together:
+                ids, everyone = self.exchange.gather(batch.pair_ids.to(image.device)), self.exchange.gather
+                all_images, all_texts = everyone(image), everyone(text)
+                rows = (ids >= 0).nonzero().flatten().tolist()
+                if len(rows) > 1:
+                    cross.append(self._cross_part(all_images[rows], all_texts[rows])[0])
+                return
+            rows = (batch.pair_ids >= 0).nonzero().flatten().tolist()
+            if len(rows) > 1:
                 cross.append(contrastive_loss(image[rows], text[rows], temperature=self.settings.temperature))
-            return
-        if batch.target == "image" and not batch.sources and output.text_features is not None:
-            embedded, pairs = self.transformer.embed(output.text_features, "text", batch.prompt_mask), text_pairs
-        elif batch.target == "text" and len(batch.sources) == 1 and output.image_features is not None:
-            embedded, pairs = self.transformer.embed(output.image_features, "image"), image_pairs
-        else:
-            return
-        for row in rows:
-            pairs[int(batch.pair_ids[row])] = embedded[row]
+        elif text is not None:
+            texts.add(batch.pair_ids, text)
+        elif image is not None:
+            images.add(batch.pair_ids, image)
 
-    def _collect_intrinsic(self, batch: Batch, output: TransformerOutput, intrinsic: dict[str, list[Tensor]]) -> None:
+    def _cross_part(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of loss and accuracy, times the number of parts."""
+        loss, accuracy = shared_contrastive_loss(images, texts, self.settings.temperature, self.exchange)
+        return loss * self.exchange.parts, accuracy * self.exchange.parts
+
+    def _compare(self, texts: Side, images: Side, cross: list[Tensor], logs: dict[str, Tensor]) -> None:
+        """The contrastive loss between the texts and pictures collected over the micro-batch."""
+        text_ids, all_texts = texts.gathered(self.exchange)
+        image_ids, all_images = images.gathered(self.exchange)
+        first, second = matched(image_ids, text_ids)
+        if len(first) < 2 or all_images is None or all_texts is None:
+            return
+        pictures, words = all_images[first], all_texts[second]
+        if self.exchange.parts > 1:
+            loss, logs["cross/accuracy"] = self._cross_part(pictures, words)
+            cross.append(loss)
+            return
+        cross.append(contrastive_loss(pictures, words, temperature=self.settings.temperature))
+        logs["cross/accuracy"] = ((pictures @ words.T).argmax(1).cpu() == torch.arange(len(first))).float().mean()
+
+    def _collect_intrinsic(
+        self, item: Batch | Share, output: TransformerOutput, intrinsic: dict[str, list[Tensor]]
+    ) -> None:
         """Each stream is pulled towards its teacher in the pass in which it is the target."""
-        if batch.target == "image" and batch.image_teacher is not None and "image" in self.projectors:
-            predicted = self.projectors["image"](output.mid_image_features)
-            intrinsic["image"].append(intrinsic_loss(predicted, batch.image_teacher.to(predicted)))
-        if batch.target == "text" and batch.text_teacher is not None and "text" in self.projectors:
-            predicted = self.projectors["text"](output.mid_text_features)
-            intrinsic["text"].append(intrinsic_loss(predicted, batch.text_teacher.to(predicted)))
+        batch = item.batch if isinstance(item, Share) else item
+        for stream, teacher, hidden in (
+            ("image", batch.image_teacher, output.mid_image_features),
+            ("text", batch.text_teacher, output.mid_text_features),
+        ):
+            if batch.target != stream or teacher is None or stream not in self.projectors:
+                continue
+            predicted = self.projectors[stream](hidden)
+            if not isinstance(item, Share):
+                intrinsic[stream].append(intrinsic_loss(predicted, teacher.to(predicted)))
+                continue
+            mask = item.valid.to(predicted.device)
+            whole = int(item.valid.sum()) * item.parts / item.total
+            mask = mask if predicted.ndim == 2 else mask[:, None].expand(predicted.shape[:2])
+            intrinsic[stream].append(whole * intrinsic_loss(predicted, teacher.to(predicted), mask))
 
     @torch.no_grad()
     def prompt_gap(
@@ -361,3 +535,9 @@ class Objective(nn.Module):
             stem = key.removesuffix("right")
             result[stem + "gap"] = result[stem + "empty"] - result[key]
         return result
+
+
+def _touch(output: TransformerOutput) -> Tensor:
+    """Zero, with a gradient path into whatever the pass computed."""
+    values = [value for value in (output.velocity, output.text_logits) if value is not None]
+    return sum((value.float().sum() * 0 for value in values), torch.zeros(()))

@@ -43,10 +43,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def set_threads(threads: int | None) -> int:
-    """Set torch's CPU threads (``None``: every processor this process may use); returns the number."""
+def set_threads(threads: int | None, processes: int = 1) -> int:
+    """Set torch's CPU threads (``None``: this process's part of every processor it may use); returns the number."""
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, threads // processes)
     torch.set_num_threads(threads)
     return threads
 

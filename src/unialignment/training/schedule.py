@@ -32,6 +32,7 @@ class Progress:
     elapsed_before: float = 0.0
     clock: Callable[[], float] = time.monotonic
     _started: float | None = field(default=None, repr=False)
+    _agreed: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.max_steps is None and self.budget_seconds is None:
@@ -44,7 +45,13 @@ class Progress:
     @property
     def elapsed(self) -> float:
         """Seconds spent so far, all starts of the run together."""
+        if self._agreed is not None:
+            return self._agreed
         return self.elapsed_before + (0.0 if self._started is None else self.clock() - self._started)
+
+    def agree(self, elapsed: float | None) -> None:
+        """Take a time that several processes have agreed on, until the next one; ``None``: the own clock again."""
+        self._agreed = elapsed
 
     @property
     def fraction(self) -> float:
@@ -80,7 +87,7 @@ class Progress:
         """Continue where :meth:`state_dict` was taken."""
         self.step = int(state["step"])
         self.elapsed_before = float(state["elapsed"])
-        self._started = None
+        self._started = self._agreed = None
 
 
 def learning_rate_factor(
