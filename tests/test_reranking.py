@@ -101,3 +101,12 @@ def test_expectation_is_the_mean_over_all_subsets(pairs, data) -> None:
 def test_no_such_n(n) -> None:
     with pytest.raises(InputError, match="best of"):
         expected_best_of([1, 2], [1, 2], n)
+
+
+def test_the_evaluation_passes_it_to_what_a_prompt_describes() -> None:
+    from unialignment.evaluation.cli import _settings
+
+    assert _settings(None, None) == {}
+    assert _settings(None, None, 4) == {"generate": {"best_of": 4}, "edit": {"best_of": 4}}
+    assert _settings(5, None, 4)["edit"] == {"num_inference_steps": 5, "best_of": 4}
+    assert _settings(5, None, 4)["perceive"] == {"num_inference_steps": 5}

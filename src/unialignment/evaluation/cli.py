@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, help="denoising steps for pictures (default: each task's own)")
     parser.add_argument("--guidance-scale", type=float, help="guidance for pictures (default: each task's own)")
+    parser.add_argument(
+        "--best-of", type=int, metavar="N", help="generate and edit: draw N, keep the model's own choice"
+    )
     parser.add_argument("--no-references", action="store_true", help="leave out ceilings and floors")
     parser.add_argument("--out", type=Path, help="write the JSON here too; semgen-bench: folder of the run")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         seed=args.seed,
         batch_size=args.batch_size,
-        samplers=_settings(args.steps, args.guidance_scale),
+        samplers=_settings(args.steps, args.guidance_scale, args.best_of),
         references=not args.no_references,
     )
     build = functools.partial(_contest, args.model, args.device, args.preset, args.split, args.seed)
@@ -129,10 +132,13 @@ def _accelerated() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def _settings(steps: int | None, guidance: float | None) -> dict[str, dict[str, Any]]:
+def _settings(steps: int | None, guidance: float | None, best_of: int | None = None) -> dict[str, dict[str, Any]]:
     given = {"num_inference_steps": steps, "guidance_scale": guidance}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return {task: dict(chosen) for task in ("generate", "edit", "perceive", "control", "compose")} if chosen else {}
+    ranked = {"best_of": best_of} if best_of is not None else {}  # where the prompt says what is to be seen
+    extra = {"generate": ranked, "edit": ranked}
+    tasks = ("generate", "edit", "perceive", "control", "compose")
+    return {task: {**chosen, **extra.get(task, {})} for task in tasks if chosen or extra.get(task)}
 
 
 def run_card(args: argparse.Namespace) -> int:
