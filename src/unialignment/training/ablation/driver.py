@@ -55,36 +55,41 @@ def run_all(config: AblationConfig, say: Say = print, in_process: bool = False) 
         say(f"{config.name}: {len(runs) - len(todo)} of {len(runs)} runs finished, in {config.dir}")
         if not todo:
             return True
-        prepare(config, todo, say)
+        filled: set[Path] = set()
         if in_process:
             for run in todo:
+                prepare(config, run, filled, say)
                 say(f"{run.name}: starts")
                 if execute(config, run) is None:
                     return False
                 say(f"{run.name}: finished")
             return True
-        return _processes(config, resolved, todo, say)
+        return _processes(config, resolved, todo, filled, say)
 
 
-def prepare(config: AblationConfig, runs: list[Run], say: Say) -> None:
-    """What runs share and must not write at the same time: the tokenizer, and the teacher's embeddings of each seed."""
+def prepare(config: AblationConfig, run: Run, filled: set[Path], say: Say) -> None:
+    """What a run shares with others that must not write it at the same time: tokenizer, teacher's embeddings of a seed.
+
+    Args:
+        config: The ablation.
+        run: The run that is about to start.
+        filled: Caches that are complete; added to.
+        say: Receives remarks.
+    """
     from unialignment.training.build import build_tokenizer
     from unialignment.training.samples import fill_teacher_cache
 
     shared = config.dir / "tokenizer"
-    for run in runs:
-        if run.config.text.tokenizer == shared and not (shared / "tokenizer.json").is_file():
-            text = run.config.text.model_copy(update={"tokenizer": None})
-            build_tokenizer(run.config.model_copy(update={"text": text}), shared)
-    filled: set[Path] = set()
-    for run in runs:
-        folder = run.config.teacher.cache
-        if run.config.teacher.name is not None and folder is not None and folder not in filled:
-            filled.add(folder)
-            fill_teacher_cache(run.config, folder, say)
+    if run.config.text.tokenizer == shared and not (shared / "tokenizer.json").is_file():
+        text = run.config.text.model_copy(update={"tokenizer": None})
+        build_tokenizer(run.config.model_copy(update={"text": text}), shared)
+    folder = run.config.teacher.cache
+    if run.config.teacher.name is not None and folder is not None and folder not in filled:
+        fill_teacher_cache(run.config, folder, say)
+        filled.add(folder)
 
 
-def _processes(config: AblationConfig, resolved: Path, todo: list[Run], say: Say) -> bool:
+def _processes(config: AblationConfig, resolved: Path, todo: list[Run], filled: set[Path], say: Say) -> bool:
     environment = {**os.environ}
     if config.jobs > 1:
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -96,6 +101,7 @@ def _processes(config: AblationConfig, resolved: Path, todo: list[Run], say: Say
         while waiting or running:
             while waiting and len(running) < config.jobs and not stop.requested and not failures:
                 run = waiting.pop(0)
+                prepare(config, run, filled, say)
                 run.folder.mkdir(parents=True, exist_ok=True)
                 output: IO[bytes] = stack.enter_context((run.folder / "output.log").open("ab"))
                 command = [sys.executable, "-m", "unialignment.training.ablation.worker"]
