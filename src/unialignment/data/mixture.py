@@ -170,7 +170,8 @@ class UserStream:
         quarantine: Told of bad rows.
         excluded: Rows to leave out, from :func:`~unialignment.data.quarantine.read_list`.
         bookmarks: Folder for the positions of streamed sources.
-        world: Opens the sprite world's stream, for a source of that format.
+        world: Opens a source of format ``world``: ``sample(task, number, attempt, pictures)``, with the keys of its
+            pictures in ``meta["pictures"]``.
         whole: Says whether a word is a single token, so that ``infill`` can leave it out; ``None``: any word is.
 
     Raises:
@@ -298,7 +299,7 @@ class UserStream:
         which, inner, chunk = self._locate(task, number)
         spec, source = self.specs[which], self.sources[which]
         if spec.format == "world":
-            sample: Sample = source.sample(task, inner + attempt * (1 << 40))
+            sample: Sample = source.sample(task, inner, attempt, pictures)
             return sample
         identity, label, row = self._row(which, source, task, inner, chunk, attempt)
         try:

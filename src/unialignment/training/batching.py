@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class Batch:
         text_teacher: ``[B, D]`` teacher embeddings of the captions, or ``None``.
         question_lengths: ``[B]`` tokens that ``target_ids`` begin with and that aren't the target's own, for tokenizers
             with ``question_first``; else ``None``.
+        encoded: ``sources`` and ``target_images`` are latents ``[B, C, h, w]``, from a feature cache.
+        prompt_embeds: ``[B, L, D]`` embedding of ``prompt_ids`` by a frozen encoder, from a feature cache.
     """
 
     target: str
@@ -56,6 +58,8 @@ class Batch:
     image_teacher: Tensor | None = None
     text_teacher: Tensor | None = None
     question_lengths: Tensor | None = None
+    encoded: bool = False
+    prompt_embeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -81,6 +85,11 @@ def images_to_tensor(images: Sequence[Image]) -> Tensor:
     return stacked.float().mul_(2 / 255).sub_(1)
 
 
+def _stack(latents: Sequence[Any]) -> Tensor:
+    """Latents ``[C, h, w]`` of one shape to ``[B, C, h, w]``."""
+    return torch.stack([torch.as_tensor(each, dtype=torch.float32) for each in latents])
+
+
 def collate(
     samples: Sequence[Sample],
     tokenizer: TextTokenizer,
@@ -89,6 +98,7 @@ def collate(
     rng: np.random.Generator | None = None,
     task_weights: dict[str, float] | None = None,
     teacher: dict[int, tuple[Tensor, Tensor]] | None = None,
+    encoded: bool = False,
 ) -> list[Batch]:
     """Groups samples by signature and makes each group a batch.
 
@@ -100,10 +110,12 @@ def collate(
         rng: Source of that randomness; needed when ``prompt_dropout`` is positive.
         task_weights: Loss weight by task; 1 where absent.
         teacher: ``pair_id -> (image embedding, text embedding)``; used where all samples of a batch have one.
+        encoded: The samples hold latents ``[C, h, w]`` in place of pictures.
 
     Raises:
         InputError: a text is longer than its task's canvas, or pictures of one batch differ in size.
     """
+    stack = _stack if encoded else images_to_tensor
     groups: dict[tuple[str, int, int, tuple[tuple[int, ...], ...]], list[Sample]] = {}
     for sample in samples:
         task = TASKS.get(sample.task)
@@ -125,7 +137,7 @@ def collate(
         ids, mask = encode_conditions(tokenizer, prompts, PROMPT_BUCKET)
         target_images = target_ids = maskable = question_lengths = None
         if target == "image":
-            target_images = images_to_tensor([_need(s.target_image, s, "target_image") for s in group])
+            target_images = stack([_need(s.target_image, s, "target_image") for s in group])
         else:
             texts = [_need(sample.target_text, sample, "target_text") for sample in group]
             target_ids, _ = tokenizer.encode(texts, length=length)
@@ -146,7 +158,7 @@ def collate(
                 kinds=tuple(sample.kind for sample in group),
                 prompt_ids=ids,
                 prompt_mask=mask,
-                sources=tuple(images_to_tensor([s.sources[i] for s in group]) for i in range(source_count)),
+                sources=tuple(stack([s.sources[i] for s in group]) for i in range(source_count)),
                 target_images=target_images,
                 target_ids=target_ids,
                 maskable=maskable,
@@ -157,6 +169,7 @@ def collate(
                 image_teacher=image_teacher,
                 text_teacher=text_teacher,
                 question_lengths=question_lengths,
+                encoded=encoded,
             )
         )
     return batches

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -99,14 +99,26 @@ class WorldSamples:
     def __init__(self, stream: Any, pool: int | None = None) -> None:
         self.stream, self.pool = stream, pool
 
-    def sample(self, task: str, number: int, attempt: int = 0) -> Sample:
+    def sample(self, task: str, number: int, attempt: int = 0, pictures: bool = True) -> Sample:
         """The sample of a task at a number; ``attempt`` above 0 gives a substitute."""
-        sample: Sample = self.stream.sample(task, self.place(number, attempt))
-        return sample
+        place = (number % self.pool if self.pool else number) + attempt * _ELSEWHERE
+        sample: Sample = self.stream.sample(task, place, pictures)
+        return replace(sample, meta={**sample.meta, "pictures": _world_keys(sample, place)})
 
-    def place(self, number: int, attempt: int = 0) -> int:
-        """The stream's index behind a number."""
-        return (number % self.pool if self.pool else number) + attempt * _ELSEWHERE
+    def bare(self, task: str, number: int, attempt: int = 0) -> tuple[Sample, tuple[str, ...]]:
+        """:meth:`sample` without drawing its pictures, and a key of each of them."""
+        sample = self.sample(task, number, attempt, False)
+        return sample, sample.meta["pictures"]
+
+
+def _world_keys(sample: Sample, place: int) -> tuple[str, ...]:
+    """A key of each picture of a world's sample, drawn or not: target first if it is one, then sources."""
+    if sample.task in PAIR_TASKS:  # these show one scene at one index
+        return (f"world:pair:{place}",)
+    task = TASKS.get(sample.task)
+    sources = len(sample.meta["sources"]) if sample.task == "compose" else task.min_sources
+    names = (("target",) if task.target == "image" else ()) + tuple(map(str, range(sources)))
+    return tuple(f"world:{sample.task}:{place}:{name}" for name in names)
 
 
 def source_specs(sections: tuple[SourceSection, ...]) -> list[SourceSpec]:
@@ -248,11 +260,18 @@ class StepProducer:
         self.mixture = {task: count for task, count in config.mixture.items() if count}
         self.stride = max(self.mixture.values())
         self.cache: Any = None
-        if source.teacher is not None:
+        if source.teacher is not None and config.data.cache is None:
             from unialignment.alignment.cache import TeacherCache
 
             self.cache = TeacherCache(source.teacher)
-        self.stream = open_data(config, self.tokenizer, pool=config.teacher.pool if self.cache is not None else None)
+        self.features: Any = None
+        pool = config.teacher.pool if self.cache is not None else None
+        if config.data.cache is not None:
+            from unialignment.training.caching import open_features
+
+            self.features = open_features(config, self.tokenizer)
+            pool = self.features.meta["pool"]
+        self.stream = open_data(config, self.tokenizer, pool=pool)
 
     def __call__(self, index: int) -> Micro:
         samples: list[Sample] = []
@@ -269,8 +288,23 @@ class StepProducer:
             rng=np.random.default_rng((self.config.run.seed, 0xD0, index)),
             task_weights=dict(self.config.task_weights),
             teacher=self._teacher(samples),
+            encoded=self.features is not None,
         )
+        if self.features is not None and self.features.count("prompt"):
+            batches = [self._with_prompts(batch) for batch in batches]
         return batches, replaced
+
+    def _with_prompts(self, batch: Batch) -> Batch:
+        """The batch with its prompts' embeddings from the cache."""
+        if not batch.prompt_ids.shape[1]:
+            return batch
+        from unialignment.training.features import prompt_key
+
+        rows = [self.features.get("prompt", prompt_key(i, m)) for i, m in zip(batch.prompt_ids, batch.prompt_mask)]
+        embeds = rows[0].new_zeros(len(rows), batch.prompt_ids.shape[1], rows[0].shape[1])
+        for row, value in enumerate(rows):
+            embeds[row, : len(value)] = value
+        return replace(batch, prompt_embeds=embeds)
 
     def slots(self) -> list[tuple[str, int]]:
         """Task and place of every sample of a micro-batch."""
@@ -295,7 +329,7 @@ class StepProducer:
         last: Exception | None = None
         for attempt in range(20):
             try:
-                sample: Sample = self.stream.sample(task, number, attempt)
+                sample = self._draw(task, number, attempt)
             except BadRow as error:
                 last = error
                 tries[f"{task} (unusable row)"] = tries.get(f"{task} (unusable row)", 0) + 1
@@ -314,7 +348,27 @@ class StepProducer:
             "raise text.max_length or text.vocab_size, or use a smaller world preset."
         )
 
+    def _draw(self, task: str, number: int, attempt: int) -> Sample:
+        """A sample, with latents in place of pictures where there is a feature cache."""
+        if self.features is None:
+            sample: Sample = self.stream.sample(task, number, attempt)
+            return sample
+        sample, keys = self.stream.bare(task, number, attempt)
+        absent = [key for key in keys if not self.features.has("latent", key)]
+        if absent:  # when the cache was made, the row was unusable, or had texts that don't fit
+            raise BadRow(str(self.features.folder), absent[0], "not in the feature cache")
+        latents = [self.features.get("latent", key) for key in keys]
+        target = latents.pop(0) if TASKS.get(task).target == "image" else None
+        return replace(sample, target_image=cast(Any, target), sources=cast(Any, tuple(latents)))
+
     def _teacher(self, samples: list[Sample]) -> dict[int, tuple[Tensor, Tensor]] | None:
+        if self.features is not None and self.config.teacher.name is not None:
+            found = {}
+            for sample in samples:
+                if sample.pair_id is not None and sample.pair_id not in found:
+                    image = self.features.get("teacher_image", sample.meta["pictures"][0])
+                    found[sample.pair_id] = image, self.features.get("teacher_text", teacher_text(sample))
+            return found
         if self.cache is None:
             return None
         pairs = {s.pair_id: s for s in samples if s.pair_id is not None}
@@ -373,6 +427,16 @@ def fill_teacher_cache(config: TransformerConfig, folder: Path, report: Callable
     from unialignment.alignment.teachers import load_teacher
 
     assert config.teacher.name is not None
+    if config.data.cache is not None:
+        from unialignment.training.features import read_meta
+
+        widths = read_meta(config.data.cache).get("teacher_dims") or (0, 0)
+        if not all(widths):
+            raise ConfigError(
+                f"the feature cache {config.data.cache} was made without a teacher; make it with teacher.name="
+                f"{config.teacher.name} or leave teacher.name out"
+            )
+        return int(widths[0]), int(widths[1])
     with TeacherCache(folder, load_teacher(config.teacher.name)) as cache:
         for group in batched(paired_samples(config, report), 64):
             pictures, texts = teacher_inputs(group)

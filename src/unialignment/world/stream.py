@@ -89,8 +89,8 @@ class WorldStream:
         pairs = ((name, style) for name in self.preset.names for style in self.preset.styles)
         return self.split == "train" or any(is_held_out_style(name, style) for name, style in pairs)
 
-    def sample(self, task: str, index: int) -> Sample:
-        """The sample of a task at an index, always the same.
+    def sample(self, task: str, index: int, draw: bool = True) -> Sample:
+        """The sample of a task at an index, always the same; its pictures are left out unless ``draw``.
 
         ``meta["scene"]`` is what the picture shows, or for image targets shall show. Further facts for judging:
         generate, control, infill: ``description`` (:class:`captions.Description`: what the prompt states);
@@ -101,7 +101,7 @@ class WorldStream:
         Raises:
             InputError: unknown task or negative index.
         """
-        return self._make(task, index, True)
+        return self._make(task, index, draw)
 
     def texts(self, task: str, index: int) -> tuple[str, ...]:
         """Prompt and target text of :meth:`sample`, without drawing anything."""
