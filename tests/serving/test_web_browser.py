@@ -1,6 +1,7 @@
 """The page in a real browser: every tab, live previews, a download, links, the keyboard, a phone, no outside request.
 
-With ``UNIALIGN_SCREENSHOTS=docs/images`` the screenshots of the documentation are written.
+With ``UNIALIGN_SCREENSHOTS=docs/images`` the screenshots of the documentation are written; with ``UNIALIGN_PAGE`` a
+server that runs already is used.
 """
 
 from __future__ import annotations
@@ -37,15 +38,23 @@ pytestmark = [
 ]
 
 
+ENGINES: list = []
+"""The engine of the server that is started here."""
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """A server with the bundled model on a free port; its address."""
+    """A server with the bundled model on a free port, or the one that UNIALIGN_PAGE names; its address."""
+    if os.environ.get("UNIALIGN_PAGE"):
+        yield os.environ["UNIALIGN_PAGE"]
+        return
     import unialignment
     from unialignment.serving.app import create_app
     from unialignment.serving.engine import Engine
     from unialignment.serving.settings import ServerSettings
 
     with Engine(unialignment.load("nano")) as engine:
+        ENGINES.append(engine)
         app = create_app(engine, ServerSettings())
         running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         thread = threading.Thread(target=running.run, daemon=True)
@@ -172,6 +181,36 @@ def test_create_shows_previews_and_downloads_with_metadata(open_page, tmp_path: 
     assert f"seed={found['seed']}" in web.page.url
 
 
+def test_stopping_and_leaving_free_the_engine(browser, server: str, open_page) -> None:
+    if not ENGINES:
+        pytest.skip("the server runs elsewhere")
+    engine = ENGINES[0]
+
+    def cancelled(more: int) -> None:
+        until = time.monotonic() + WAIT / 1000
+        while time.monotonic() < until and not (engine.stats().cancelled >= more and engine.stats().active == 0):
+            time.sleep(0.05)
+        assert engine.stats().cancelled >= more
+        assert engine.stats().active == 0
+
+    def start(web: Watched) -> None:
+        web.page.wait_for_function("document.querySelector('#create-prompt textarea').value.includes('rocket')")
+        web.page.click("#create-run")
+        web.page.wait_for_function("document.querySelector('#create-status').innerText.includes('step')")
+
+    before = engine.stats().cancelled
+    path = "/?tab=create&prompt=a+flat+rocket&steps=100"
+    web = open_page(path)
+    start(web)
+    web.page.click("#create-stop")
+    cancelled(before + 1)
+    web.page.wait_for_function("document.querySelector('#create-status').innerText.includes('stopped')")
+    other = Watched(browser, server, path)
+    start(other)
+    other.context.close()
+    cancelled(before + 2)
+
+
 def test_a_link_repeats_a_result(open_page, tmp_path: Path) -> None:
     pictures = []
     first = open_page("/?tab=create&prompt=a+flat+rocket+at+the+top&seed=7&fresh=0&steps=6")
@@ -277,12 +316,14 @@ def test_uploads_and_sketches(open_page, tmp_path: Path) -> None:
     web.page.get_by_role("button", name="Sketch one").click()
     canvas = web.page.locator("#understand-sketch canvas").first
     canvas.wait_for()
-    web.page.wait_for_timeout(1000)
+    web.page.wait_for_timeout(2000)
+    web.page.click("#understand-sketch button[title=Brush]")
     box = canvas.bounding_box()
-    web.page.mouse.move(box["x"] + 60, box["y"] + 60)
+    web.page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
     web.page.mouse.down()
-    web.page.mouse.move(box["x"] + 200, box["y"] + 160, steps=10)
+    web.page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.6 * box["height"], steps=10)
     web.page.mouse.up()
+    web.page.wait_for_timeout(1000)
     before = web.page.get_attribute("#understand-source img", "src")
     web.page.get_by_role("button", name="Use the sketch").click()
     web.page.wait_for_function(f"document.querySelector('#understand-source img').src !== {before!r}")

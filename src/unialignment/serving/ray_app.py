@@ -25,6 +25,8 @@ from unialignment.serving.settings import ServerSettings, keys_from
 
 # Before ray is imported, which reads it then: nothing is reported to anybody.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's processes step back behind all others unless told not to; a server is no background job.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 try:
     import ray
@@ -185,6 +187,10 @@ class Frontend:
         from unialignment.serving.app import create_app
 
         return create_app(self.engine, self.settings)  # type: ignore[arg-type]
+
+    def retries(self) -> int:
+        """Requests that were sent again because their replica was lost."""
+        return self.engine.retries
 
     def check_health(self) -> None:
         """Ray calls this.

@@ -90,9 +90,9 @@ def build(ctx: PageContext) -> Tab:
 
     runs(
         draw, run, stop, [source, kind, prompt, *settings.widgets],
-        [result, download, status, slider, settings.seed, link[0]], link, enter=prompt,
+        [result, download, status, slider, settings.seed, link[0]], link, status, enter=prompt,
     )  # fmt: skip
-    runs(make_map, derive, stop, [source, kind], [source, status], link)
+    runs(make_map, derive, stop, [source, kind], [source, status], link, status)
     fields = {
         "kind": choice_field(kind, {value: label for label, value in KINDS.items()}),
         "prompt": text_field(prompt),

@@ -147,7 +147,7 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
     every.select(pick, saved, [result, download], show_progress="hidden", api_visibility="private")
     runs(
         draw, run, stop, [mode, prompt, references, count, *settings.widgets],
-        [result, download, every, saved, status, settings.seed, link[0]], link, enter=prompt,
+        [result, download, every, saved, status, settings.seed, link[0]], link, status, enter=prompt,
     )  # fmt: skip
     fields = {
         "mode": choice_field(mode, {task: label for label, task in MODES.items()}),

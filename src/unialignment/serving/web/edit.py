@@ -125,7 +125,7 @@ def build(ctx: PageContext) -> Tab:
         }  # fmt: skip
 
     outputs = [result, source, made, turns, slider, download, status, link[0], settings.seed, turns_shown, undo, again]
-    runs(edit, run, stop, [source, prompt, turns, made, *settings.widgets], outputs, link, enter=prompt)
+    runs(edit, run, stop, [source, prompt, turns, made, *settings.widgets], outputs, link, status, enter=prompt)
     undone = [source, made, turns, prompt, result, slider, download, status, turns_shown, undo, again]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     undo.click(lambda history: back(history, len(history) - 1), turns, undone, **quiet)

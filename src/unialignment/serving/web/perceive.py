@@ -83,7 +83,7 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
     )  # fmt: skip
     runs(
         look, run, stop, [source, kind, prompt, *settings.widgets],
-        [result, download, status, slider, settings.seed, link[0]], link, enter=prompt,
+        [result, download, status, slider, settings.seed, link[0]], link, status, enter=prompt,
     )  # fmt: skip
     fields = {
         "kind": choice_field(kind, {value: label for label, value in KINDS.items()}),

@@ -88,7 +88,7 @@ def build(ctx: PageContext) -> Tab:
     mode.input(lambda label: ctx.default(MODES[label])["num_inference_steps"], mode, settings.steps, **quiet)
     runs(
         read, run, stop, [source, mode, prompt, *settings.widgets],
-        [answer, status, settings.seed, link[0]], link, enter=prompt,
+        [answer, status, settings.seed, link[0]], link, status, enter=prompt,
     )  # fmt: skip
     fields = {
         "mode": choice_field(mode, {value: label for label, value in MODES.items()}),

@@ -183,7 +183,7 @@ def sketch_panel(
 
     def use(drawing: dict[str, Any] | None, *values: Any) -> Any:
         image = (drawing or {}).get("composite")
-        if image is None or image.getbbox() is None:
+        if image is None or image.convert("L").getextrema() == (255, 255):
             raise gr.Error("The sketch is empty.", print_exception=False)
         return change(str(ctx.save_picture(image, "sketch")), *values)
 
@@ -280,6 +280,7 @@ def runs(
     inputs: Sequence[gr.components.Component],
     outputs: Sequence[gr.components.Component],
     link: tuple[gr.components.Component, gr.components.Component],
+    status: gr.HTML,
     enter: gr.Textbox | None = None,
 ) -> None:
     """Wire a tab: button and Enter start ``run``, the stop button cancels it, the link follows at the end."""
@@ -294,7 +295,14 @@ def runs(
         api_visibility="private",
         trigger_mode="once",
     )
-    stop.click(None, cancels=[event], api_visibility="private")
+    stop.click(
+        lambda: progress(0.0, "stopped"),
+        None,
+        status,
+        cancels=[event],
+        show_progress="hidden",
+        api_visibility="private",
+    )
     query, address = link
     event.then(None, inputs=[query], outputs=[address], js=LINK_JS, api_visibility="private")
 
