@@ -51,7 +51,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         request_id = f"req_{secrets.token_hex(12)}"
-        state = _Exchange(self, receive, send, request_id)
+        state = _Exchange(self, receive, send, request_id, scope["method"] in ("POST", "PUT", "PATCH"))
         try:
             self._check(scope, headers)
         except APIError as error:
@@ -59,9 +59,6 @@ class Guard:
             return
         try:
             await self.app(scope, state.receive, state.send)
-        except _SlowClientError:
-            # Nobody listens; ending here closes the connection.
-            pass
         finally:
             self._held -= state.received
 
@@ -117,17 +114,13 @@ class Refusal(HTTPException):
         self.error = error
 
 
-class _SlowClientError(Exception):
-    """A client that doesn't take what it is sent."""
-
-
 class _Exchange:
     """Receiving and sending of one request, within the limits."""
 
-    def __init__(self, guard: Guard, receive: Receive, send: Send, request_id: str) -> None:
+    def __init__(self, guard: Guard, receive: Receive, send: Send, request_id: str, has_body: bool) -> None:
         self.guard, self._receive, self._send, self.request_id = guard, receive, send, request_id
         self.received = 0
-        self.started = False
+        self._has_body = has_body
         self._complete = False
         self._deadline = asyncio.get_running_loop().time() + guard.settings.body_timeout
 
@@ -141,7 +134,7 @@ class _Exchange:
         except TimeoutError:
             seconds = self.guard.settings.body_timeout
             message_ = f"the request's body didn't arrive within {seconds:g} s"
-            raise Refusal(APIError(408, message_, "body_timeout", headers={"Connection": "close"})) from None
+            raise Refusal(APIError(408, message_, "body_timeout")) from None
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
             self.received += size
@@ -154,11 +147,8 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         """Pass a piece of the response on."""
         if message["type"] == "http.response.start":
-            self.started = True
-            headers: list[Any] = list(message.get("headers", []))
-            message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
-        try:
-            async with asyncio.timeout(self.guard.settings.send_timeout):
-                await self._send(message)
-        except TimeoutError:
-            raise _SlowClientError from None
+            headers: list[Any] = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
+            if self._has_body and not self._complete:
+                headers.append((b"connection", b"close"))  # the rest of the body isn't waited for
+            message = {**message, "headers": headers}
+        await self._send(message)

@@ -17,15 +17,16 @@ from unialignment.errors import InputError
 from unialignment.serving.settings import ServerSettings
 
 
-def _protocol(header_timeout: float) -> type[H11Protocol]:
-    """uvicorn's HTTP protocol that also closes connections on which a request's headers don't arrive in time.
+def _protocol(header_timeout: float, send_timeout: float) -> type[H11Protocol]:
+    """uvicorn's HTTP protocol that also drops connections on which nothing moves.
 
-    uvicorn itself waits for ever for the end of headers, so that a client that sends a byte now and then could hold any
-    number of connections.
+    uvicorn itself waits for ever for the end of headers, and for a client to read what it was sent: a client that does
+    neither could hold any number of connections and what is buffered for them.
     """
 
     class TimedProtocol(H11Protocol):
         _header_timer: asyncio.TimerHandle | None = None
+        _send_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -37,7 +38,22 @@ def _protocol(header_timeout: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
+            self._cancel_send_timer()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            # Not close(), which would wait for the client to read the rest.
+            self._send_timer = self.loop.call_later(send_timeout, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._cancel_send_timer()
+            super().resume_writing()
+
+        def _cancel_send_timer(self) -> None:
+            if self._send_timer is not None:
+                self._send_timer.cancel()
+                self._send_timer = None
 
         def _watch(self) -> None:
             if self.conn.their_state is h11.IDLE:
@@ -69,7 +85,7 @@ def configure(
         app,
         host=settings.host,
         port=settings.port,
-        http=_protocol(settings.header_timeout),
+        http=_protocol(settings.header_timeout, settings.send_timeout),
         loop="asyncio",
         log_level=log_level,
         limit_concurrency=settings.max_connections,

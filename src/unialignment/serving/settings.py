@@ -26,7 +26,7 @@ class ServerSettings:
         max_output_pixels: Largest width × height of a picture that is enlarged to the size asked for.
         header_timeout: Seconds in which a connection's first request must have begun and its headers arrived.
         body_timeout: Seconds in which a request's body must have arrived.
-        send_timeout: Seconds that a client may take to accept a piece of a response.
+        send_timeout: Seconds without reading after which a client's connection is dropped.
         ping_seconds: A stream without news is kept alive by a comment this often.
         max_connections: Connections at once; further ones are answered 503.
         allow_urls: Whether the server fetches pictures from http(s) URLs.
