@@ -160,7 +160,7 @@ def cases(model: str, seeds: int) -> list[Case]:
             as_form("edit", [source], model=model, prompt="make the background green", seed=seed),
             as_form("compose", sources, model=model, seed=seed,
                     prompt="put the subject of image 1 to the left of the subject of image 2"),
-            as_form("perceive", [source], model=model, prompt="estimate the depth", task="perceive", seed=seed),
+            as_form("perceive", [source], model=model, prompt="depth", kind="depth", seed=seed),
             chat("caption", url, "describe the picture"),
             chat("answer", url, ("what color is the background?", "what is in the picture?")[seed // 2 % 2]),
             as_json("embed", "/v1/embeddings", read_vectors, model=model, input=[prompt, "a dog"]),
@@ -295,16 +295,18 @@ class Server:
         finally:
             connection.close()
 
-    def rows_per_pass(self) -> float | None:
-        """Mean batch of the denoising network so far."""
+    def counters(self) -> tuple[float, float]:
+        """Rows and forward passes of the denoising network so far."""
         values: dict[str, float] = {}
         for line in (self._get("/metrics") or "").splitlines():
             name, _, value = line.rpartition(" ")
             if not line.startswith("#"):
                 values[name.partition("{")[0]] = float(value)
-        rows = next((value for name, value in values.items() if name.endswith("rows_total")), None)
-        passes = next((value for name, value in values.items() if name.endswith("passes_total")), None)
-        return rows / passes if rows and passes else None
+        rows, passes = (
+            next((value for name, value in values.items() if name.endswith(f"{kind}_total")), 0.0)
+            for kind in ("rows", "passes")
+        )
+        return rows, passes
 
     def memory(self) -> int | None:
         """Resident bytes, on Linux."""
@@ -442,10 +444,11 @@ def main() -> int:
                 raise SystemExit(f"{case.task} alone failed with {status}: {answer}")
             twins.append(case.read(answer))
         client.close()
-        before = server.memory()
+        before, counted = server.memory(), server.counters()
         print(f"alone: {len(mixture)} requests", flush=True)
         many = load(server.port, mixture, twins, args.clients, args.seconds)
-        after, batch = server.memory(), server.rows_per_pass()
+        after = server.memory()
+        rows, passes = (now - then for now, then in zip(server.counters(), counted, strict=True))
         print(f"batched: {many.throughput:.2f} answers/s", flush=True)
     with Server(args, 1) as server:
         one = load(server.port, mixture, twins, args.clients, args.baseline_seconds or args.seconds / 3)
@@ -460,7 +463,7 @@ def main() -> int:
             "model": args.model,
         },
         "ratio": round(many.throughput / one.throughput, 3) if one.throughput else None,
-        "rows_per_pass": batch,
+        "rows_per_pass": round(rows / passes, 2) if passes else None,
         "memory_bytes": [before, after],
         "one_at_a_time": summary(one),
         "batched": summary(many),
