@@ -95,6 +95,12 @@ COMMANDS: dict[str, Command] = {
         "unialign data check examples/data/editing/manifest.jsonl",
         "configure",
     ),
+    "cache": Command(
+        "run autoencoder, text encoder and teachers once over the training data",
+        "cache:run",
+        "unialign cache examples/data/train.yaml --out runs/own-data/features",
+        "configure",
+    ),
     "merge": Command(
         "write a model with a LoRA added to its weights",
         "weights:merge",

@@ -143,7 +143,7 @@ def cached_index(
         pass
     index = build_index(rows, loader, tasks, columns, sizes)
     facts = {"names": index.names, "problems": [(p.source, p.row, p.reason) for p in index.problems]}
-    arrays = {"tasks": index.tasks, "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
+    arrays: dict[str, Any] = {"tasks": index.tasks, "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
     if index.sizes is not None:
         arrays["sizes"] = index.sizes
     try:

@@ -152,7 +152,7 @@ def _size(row: Mapping[str, Any], picture: int) -> tuple[int, int] | None:
 
 
 def _pair(row: Mapping[str, Any], picture: Any, text: str) -> list[Recipe]:
-    common = {"caption": text, "paired": True, "size": _size(row, 0), "kind": str(row.get("kind", ""))}
+    common: dict[str, Any] = {"caption": text, "paired": True, "size": _size(row, 0), "kind": str(row.get("kind", ""))}
     return [
         Recipe("generate", text, target=picture, **common),
         Recipe("caption", "", (picture,), target_text=text, **common),

@@ -339,6 +339,7 @@ def _initial_encoders(config: TransformerConfig, autoencoder: Any, tokenizer: Te
     from unialignment.model.text import TokenEmbedder
     from unialignment.pipeline import UniAlignmentPipeline
 
+    assert config.model.initial is not None
     pipeline = UniAlignmentPipeline.from_pretrained(config.model.initial, device="cpu")
     if config.autoencoder.path is None:
         autoencoder = pipeline.autoencoder
@@ -445,8 +446,9 @@ def _with_ray(plan: Plan, todo: list[int], actors: int, address: str) -> Iterato
         if not ray.is_initialized():
             ray.init(address=None if address == "local" else address, log_to_driver=False)
         rows = ray.data.from_items([{"unit": number} for number in todo], override_num_blocks=len(todo))
+        worker: Any = _RayWorker
         done = rows.map(
-            _RayWorker,
+            worker,
             fn_constructor_args=(plan,),
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(todo))),
             num_gpus=1 if choose_device(plan.device).type == "cuda" else 0,
