@@ -1,4 +1,4 @@
-"""``unialign eval semgen-bench``: arguments, and the steps they stand for. Knows nothing of measuring."""
+"""``unialign eval`` of benchmarks over files: arguments, and the steps they stand for. Knows nothing of measuring."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = ("generate", "judge", "report")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what benchmarks over files take besides the arguments of ``unialign eval``."""
-    group = parser.add_argument_group("benchmarks over files (semgen-bench)")
+    group = parser.add_argument_group("benchmarks over files (all but semgen-world)")
     group.add_argument("data", nargs="?", metavar="PATH", help="the benchmark's folder, zip file or hub id")
     group.add_argument(
         "--judge",
@@ -42,27 +42,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the steps of SemGen-Bench.
+    """Run the steps of a benchmark over files.
 
     Raises:
         InputError: An unusable argument.
     """
     from unialignment.evaluation import calibration, harness, judges, models, scoring
-    from unialignment.evaluation.benchmarks import semgen_bench
+    from unialignment.evaluation.benchmarks import checked, registry, semgen_bench
     from unialignment.evaluation.judges.prompts import PromptSet
     from unialignment.evaluation.records import run_lock
 
     if args.data is None:
-        raise InputError("semgen-bench needs its files: unialign eval semgen-bench PATH --out DIR")
+        raise InputError(f"{args.benchmark} needs its files: unialign eval {args.benchmark} PATH --out DIR")
     if args.out is None:
-        raise InputError("semgen-bench needs a folder for its records: --out DIR")
+        raise InputError(f"{args.benchmark} needs a folder for its records: --out DIR")
+    if args.benchmark in registry.READING:
+        return _read(args)
     folders = [folder.resolve() for folder in (args.out, *args.compare)]
     if len(set(folders)) < len(folders):
         raise InputError("--compare needs runs other than --out, each named once")
     steps = tuple(args.step or STEPS)
     if "judge" in steps and not args.judge:
         raise InputError("no judge: give --judge openai:MODEL@URL or local:FOLDER, or only --step generate")
-    benchmark = semgen_bench.load(args.data, turns=args.turns)
+    if args.benchmark == "semgen-bench":
+        benchmark = semgen_bench.load(args.data, turns=args.turns)
+    else:
+        benchmark = registry.DRAWING[args.benchmark](Path(args.data))
     protocol, prompts = scoring.protocol(args.protocol), PromptSet(args.prompts)
 
     def progress(step: str, done: int, total: int) -> None:
@@ -77,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
             harness.generate(
                 args.out, benchmark, models.build(args.model, args.device, given), seed=args.seed, **shared
             )
+            if args.benchmark == "geneval":
+                checked.export_geneval(args.out, Path(args.data), benchmark)
         if "judge" in steps:
             settings = judges.JudgeOptions(
                 in_flight=args.in_flight,
@@ -87,13 +94,48 @@ def run(args: argparse.Namespace) -> int:
             made = [judges.build(spec, settings, args.device) for spec in args.judge]
             judges.names(made)
             for one in made:
-                if args.calibration:
+                if args.calibration and any(item.photo for item in benchmark.items):
                     calibration.calibrate(
                         args.out, benchmark, one, prompts, protocol, args.calibration, args.accept_versions
                     )
                 harness.judge(args.out, benchmark, one, prompts, protocol, **shared)
         if "report" in steps:
             return _report(args, benchmark)
+    return 0
+
+
+def _read(args: argparse.Namespace) -> int:
+    """Benchmarks that ask for texts or maps: answer, then work out the figures; no judge takes part."""
+    from unialignment.evaluation import models, reading
+    from unialignment.evaluation.benchmarks.registry import READING
+    from unialignment.evaluation.records import run_lock
+    from unialignment.storage import atomic_file
+
+    if args.judge or "judge" in (args.step or ()):
+        raise InputError(f"{args.benchmark} compares answers with known ones; it takes no judge")
+    if args.compare:
+        raise InputError(
+            f"--compare is for benchmarks with pictures; compare the results.json of {args.benchmark} runs"
+        )
+    benchmark = READING[args.benchmark](Path(args.data))
+    steps = tuple(args.step or STEPS)
+
+    def progress(step: str, done: int, total: int) -> None:
+        if done == total or done % 25 == 0:
+            print(f"{step}: {done} of {total}", file=sys.stderr, flush=True)
+
+    with run_lock(args.out):
+        if "generate" in steps:
+            options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+            given = {name: value for name, value in options.items() if value is not None}
+            model = models.build(args.model, args.device, given)
+            shared: dict[str, Any] = {"accept_versions": args.accept_versions, "progress": progress}
+            reading.answer(args.out, benchmark, model, seed=args.seed, limit=args.limit, **shared)
+        if "report" in steps:
+            summary = reading.summarise(args.out, benchmark, args.limit)
+            with atomic_file(args.out / "table.tex") as file:
+                file.write(reading.latex(summary).encode())
+            print(json.dumps(summary, indent=2) if args.json else reading.table(summary))
     return 0
 
 
@@ -126,13 +168,15 @@ def _report(args: argparse.Namespace, benchmark: Any) -> int:
 
 def table(summary: dict[str, Any]) -> str:
     """Markdown: IC, PQ and O with intervals, for each judge and group, and what is missing."""
-    lines = ["| judge | group | IC | PQ | O | judged | failed |", "|---|---|---|---|---|---|---|"]
+    measures = summary.get("measures", ["ic", "pq", "o"])
+    titles = " | ".join(key.upper() if len(key) < 3 else key for key in measures)
+    lines = [f"| judge | group | {titles} | judged | failed |", "|---" * (4 + len(measures)) + "|"]
     for name, judged in summary["judges"].items():
         rows = dict(judged["groups"])
         if "mean" in judged:
             rows["mean of groups"] = judged["mean"]
         for group, row in rows.items():
-            cells = [_cell(row.get(key)) for key in ("ic", "pq", "o")]
+            cells = [_cell(row.get(key)) for key in measures]
             count = f"{row['judged']} of {row['items']}" if "items" in row else ""
             failed = ", ".join(f"{n} {state}" for state, n in row.get("failed", {}).items())
             lines.append(f"| {name} | {group} | {' | '.join(cells)} | {count} | {failed} |")
@@ -143,6 +187,7 @@ def table(summary: dict[str, Any]) -> str:
         lines += ["", f"Agreement of judges (Krippendorff's alpha, interval): {alphas}."]
     for name, tested in summary.get("calibration", {}).items():
         lines += ["", f"Judge {name}: {tested['verdict']}"]
+    lines += ["", *summary["notes"]] if summary.get("notes") else []
     if summary.get("run", {}).get("model", {}).get("world") == "scenes":
         lines += ["", "The model's world is drawn scenes of emoji: photographs are outside it."]
     if summary["shortened_prompts"]:

@@ -48,8 +48,9 @@ EDITS = (
 
 def cases(items: Sequence[Item], count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Pictures to show: dictionaries with ``item``, ``kind``, ``fault``, ``prompt``, ``source`` and ``picture``."""
-    photos = [item for item in items if item.kind == "generate"]
-    photos = list({item.photo: item for item in photos}.values())[: count + 1]
+    described = [item for item in items if item.kind == "generate" and item.photo is not None]
+    sources = [item for item in items if item.photo is not None]
+    photos = list({item.photo: item for item in described or sources}.values())[: count + 1]
     rng = np.random.default_rng(seed)
     found: list[dict[str, Any]] = []
     for index, item in enumerate(photos[:count]):
@@ -59,7 +60,7 @@ def cases(items: Sequence[Item], count: int, seed: int = 0) -> list[dict[str, An
         right = transform(photo)
         shared = {"item": item.id, "seed": seed}
         drawn = {"right": photo, "other": other, "noise": noise, "jpeg": _jpeg(photo)}
-        for fault, picture in drawn.items():
+        for fault, picture in drawn.items() if described else ():  # sources come without a description
             found.append({**shared, "kind": "generate", "fault": fault, "prompt": item.prompt, "picture": picture})
         edited = {"right": right, "untouched": photo, "other": other, "noise": noise, "jpeg": _jpeg(right)}
         for fault, picture in edited.items():
@@ -111,7 +112,10 @@ def verdict(home: Path) -> dict[str, Any]:
         if record["status"] == "ok":
             values.append(min(record["scores"]))
     faults: list[dict[str, Any]] = []
+    kinds = {record["kind"] for record in records}
     for (kind, fault), aspects in SPOILT.items():
+        if kind not in kinds:
+            continue
         for aspect in aspects:
             right, wrong = scores.get((kind, "right", aspect), []), scores.get((kind, fault, aspect), [])
             means = {"right": _mean(right), "faulty": _mean(wrong), "n": len(wrong)}
@@ -143,7 +147,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _load(path: Path) -> Image.Image:
+def _load(path: Path | None) -> Image.Image:
+    assert path is not None
     picture = load_image(path)
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     return picture

@@ -16,12 +16,15 @@ from unialignment.evaluation import bench_cli
 if TYPE_CHECKING:
     from unialignment.world.layout import Split
 
-BENCHMARKS = ("semgen-world", "semgen-bench")
+BENCHMARKS = (
+    *("semgen-world", "semgen-bench", "geneval", "dpg-bench", "gedit-bench", "imgedit"),
+    *("coco-captions", "vqav2", "gqa", "pope", "mmbench", "nyuv2"),
+)
 WORLD_LIMIT = 100
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="nano", help="bundled name, folder or hub id (default: nano)")
+    parser.add_argument("--model", default="nano", help="bundled name, folder or hub id (default: nano); see docs")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and samplers (default: 0)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: the best there is)")
 
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: an unusable argument.
     """
-    if args.benchmark == "semgen-bench":
+    if args.benchmark != "semgen-world":
         return bench_cli.run(args)
     if args.limit is None:
         args.limit = WORLD_LIMIT

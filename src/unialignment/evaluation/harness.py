@@ -8,22 +8,22 @@ checksum of the picture that was judged. Knows nothing of any particular benchma
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from PIL import Image
 
 from unialignment.errors import InputError
 from unialignment.evaluation.agreement import krippendorff_alpha
-from unialignment.evaluation.benchmarks import Benchmark, Item
+from unialignment.evaluation.benchmarks import Benchmark, Check, Item
 from unialignment.evaluation.judges import Judge, JudgeRejected, folder_name
-from unialignment.evaluation.judges.prompts import PromptSet, Question
+from unialignment.evaluation.judges.prompts import PromptSet, Question, yes_no_question
 from unialignment.evaluation.metrics import estimate
 from unialignment.evaluation.records import RecordLog, claim, versions
-from unialignment.evaluation.scoring import ASPECTS, Aspect, Refusal, UnparsableAnswer, overall, parse
+from unialignment.evaluation.scoring import ASPECTS, Aspect, Refusal, UnparsableAnswer, overall, parse, parse_yes_no
 from unialignment.evaluation.scoring import Protocol as ScoringProtocol
 from unialignment.images import load_image
 from unialignment.metadata import save_image
@@ -145,14 +145,18 @@ def judge(
         judge_folder(folder, judge_.name) / "judge.json", {**judge_identity(judge_, prompts, protocol)}, accept_versions
     )
     log = RecordLog(judge_folder(folder, judge_.name) / "judgements.jsonl", ("item", "aspect", "sha256"))
-    tasks: list[tuple[Item, dict[str, Any], Aspect]] = []
+    tasks: list[tuple[Item, dict[str, Any], str]] = []
     for item in select(benchmark, limit):
         record = drawn.get(item.id)
         if record is not None and record["status"] == "ok":
-            tasks += [(item, record, a) for a in ASPECTS if log.get(item.id, a, record["sha256"]) is None]
+            tasks += [(item, record, a) for a in aspects(item) if log.get(item.id, a, record["sha256"]) is None]
 
-    def work(item: Item, record: dict[str, Any], aspect: Aspect) -> None:
-        question = prompts.question(item.kind, aspect, item.prompt, protocol)
+    def work(item: Item, record: dict[str, Any], aspect: str) -> None:
+        texts = {check.id: check.text for check in item.checks}
+        if texts:
+            question = yes_no_question(texts[aspect])
+        else:
+            question = prompts.question(item.kind, cast(Aspect, aspect), item.prompt, protocol)
         pictures = shown(item.photo if question.with_source else None, folder / record["picture"], protocol, item.kind)
         found = ask(judge_, question, pictures, protocol.strict)
         shared = {name: record[name] for name in ("item", "group", "sha256", "picture", "seed")}
@@ -160,6 +164,11 @@ def judge(
 
     for done, _ in enumerate(_in_flight(work, tasks, judge_.in_flight), 1):
         progress(f"judge {judge_.name}", done, len(tasks))
+
+
+def aspects(item: Item) -> tuple[str, ...]:
+    """What a judge is asked about an item: the ids of its checks, or the two aspects."""
+    return tuple(check.id for check in item.checks) or ASPECTS
 
 
 def _in_flight(work: Callable[..., None], tasks: Sequence[tuple[Any, ...]], width: int) -> Iterator[None]:
@@ -216,7 +225,7 @@ def ask(judge_: Judge, question: Question, pictures: Sequence[Image.Image], stri
             raw.append(answer.text)
             if answer.refused:
                 raise Refusal("the endpoint declined")
-            found = parse(answer.text, question.count, strict)
+            found = parse_yes_no(answer.text) if question.yes_no else parse(answer.text, question.count, strict)
             status, note, scores = "ok", found.note, list(found.values)
             break
         except JudgeRejected as error:
@@ -228,8 +237,10 @@ def ask(judge_: Judge, question: Question, pictures: Sequence[Image.Image], stri
     return {"status": status, "scores": scores, "note": note, "raw": raw, "attempts": len(raw), "seconds": seconds}
 
 
-def item_scores(folder: Path, items: Sequence[Item], name: str) -> dict[str, dict[str, Any]]:
-    """By item id: ``status`` and, if that is ``"ok"``, ``ic``, ``pq`` and ``o``."""
+def item_scores(
+    folder: Path, items: Sequence[Item], name: str, rule: str = "all", scale: float = 1.0
+) -> dict[str, dict[str, Any]]:
+    """By item id: ``status`` and, if that is ``"ok"``, ``ic``, ``pq`` and ``o``, or for items with checks ``score``."""
     drawn = RecordLog(folder / "generated.jsonl", ("item",))
     log = RecordLog(judge_folder(folder, name) / "judgements.jsonl", ("item", "aspect", "sha256"))
     found: dict[str, dict[str, Any]] = {}
@@ -238,24 +249,46 @@ def item_scores(folder: Path, items: Sequence[Item], name: str) -> dict[str, dic
         if record is None or record["status"] != "ok":
             found[item.id] = {"status": "not drawn"}
             continue
-        pair = [log.get(item.id, aspect, record["sha256"]) for aspect in ASPECTS]
+        pair = [log.get(item.id, aspect, record["sha256"]) for aspect in aspects(item)]
         states = ["not judged" if one is None else one["status"] for one in pair]
-        if states != ["ok", "ok"]:
+        if set(states) != {"ok"}:
             found[item.id] = {"status": next(state for state in states if state != "ok")}
+            continue
+        if item.checks:
+            answers = {check.id: one["scores"][0] > 0 for check, one in zip(item.checks, pair) if one is not None}
+            found[item.id] = {"status": "ok", "score": scale * check_score(item.checks, answers, rule)}
             continue
         ic, pq = (min(one["scores"]) for one in pair if one is not None)
         found[item.id] = {"status": "ok", "ic": ic, "pq": pq, "o": overall(ic, pq)}
     return found
 
 
+def check_score(checks: Sequence[Check], answers: Mapping[str, bool], rule: str) -> float:
+    """Score of an item, 0-1, from the answers to its checks; a check counts only where all its parents hold too."""
+    holds: dict[str, bool] = {}
+
+    def settled(check: Check, seen: tuple[str, ...] = ()) -> bool:
+        if check.id not in holds:
+            above = [known[parent] for parent in check.parents if parent in known and parent not in seen]
+            holds[check.id] = answers[check.id] and all(settled(one, (*seen, check.id)) for one in above)
+        return holds[check.id]
+
+    known = {check.id: check for check in checks}
+    values = [settled(check) for check in checks]
+    return float(all(values)) if rule == "all" else sum(values) / len(values)
+
+
 def summarise(folder: Path, benchmark: Benchmark, judges: Sequence[str], limit: int | None = None) -> dict[str, Any]:
     """Means with bootstrap 95 % intervals for each judge and group, what is missing, and how far judges agree."""
     items = select(benchmark, limit)
     result: dict[str, Any] = {"benchmark": benchmark.name, "items": len(items), "judges": {}}
-    everything = {name: item_scores(folder, items, name) for name in judges}
+    result |= {"measures": list(benchmark.measures), "scale": benchmark.scale, "rule": benchmark.rule}
+    result["notes"] = list(benchmark.notes)
+    measures = benchmark.measures
+    everything = {name: item_scores(folder, items, name, benchmark.rule, benchmark.scale) for name in judges}
     for name, scores in everything.items():
         groups: dict[str, Any] = {}
-        columns: dict[str, list[np.ndarray[Any, Any]]] = {key: [] for key in ("ic", "pq", "o")}
+        columns: dict[str, list[np.ndarray[Any, Any]]] = {key: [] for key in measures}
         for group in benchmark.groups:
             rows = [scores[item.id] for item in items if item.group == group]
             good = [row for row in rows if row["status"] == "ok"]
@@ -268,15 +301,16 @@ def summarise(folder: Path, benchmark: Benchmark, judges: Sequence[str], limit: 
                     found = estimate(values)
                     entry[key] = [found.value, found.low, found.high]
                     column.append(np.asarray(values))
-                entry["o_failures_as_zero"] = sum(row["o"] for row in good) / len(rows)
+                main = benchmark.main
+                entry[f"{main}_failures_as_zero"] = sum(row[main] for row in good) / len(rows)
             groups[group] = entry
         judged = {"groups": groups}
-        if len(columns["o"]) == len(benchmark.groups):
+        if len(columns[benchmark.main]) == len(benchmark.groups):
             judged["mean"] = {key: _mean_of_groups(column) for key, column in columns.items()}
         result["judges"][name] = judged
     result["agreement"] = {
         key: krippendorff_alpha([[everything[name][item.id].get(key) for name in judges] for item in items])
-        for key in ("ic", "pq", "o")
+        for key in measures
     }
     drawn = list(RecordLog(folder / "generated.jsonl", ("item",)))
     result["shortened_prompts"] = sum(bool(record.get("shortened")) for record in drawn)

@@ -20,13 +20,11 @@ from PIL import Image
 
 from unialignment.errors import InputError
 from unialignment.evaluation.benchmarks import Benchmark, Item
-from unialignment.evaluation.harness import item_scores, judge_folder, select
+from unialignment.evaluation.harness import aspects, item_scores, judge_folder, select
 from unialignment.evaluation.records import RecordLog
-from unialignment.evaluation.scoring import ASPECTS
 from unialignment.images import load_image
 from unialignment.storage import atomic_file
 
-KEYS = ("ic", "pq", "o")
 THUMBNAIL = 160
 """Longest side of the page's pictures, in pixels."""
 GALLERY = 12
@@ -51,6 +49,16 @@ class Run:
     label: str
     folder: Path
     summary: dict[str, Any]
+
+
+def measures(runs: Sequence[Run]) -> list[str]:
+    """What items of these runs were given."""
+    return list(runs[0].summary.get("measures", ("ic", "pq", "o")))
+
+
+def scale(runs: Sequence[Run]) -> float:
+    """The best value of a measure."""
+    return float(runs[0].summary.get("scale", 10.0))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -82,7 +90,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def notes(run: Run) -> list[str]:
     """What has to be known before a run's figures are read."""
-    found = []
+    found = list(run.summary.get("notes", ()))
     if run.summary["run"]["model"].get("world") == "scenes":
         found.append(OUTSIDE)
     if short := run.summary.get("shortened_prompts"):
@@ -119,13 +127,15 @@ def write_html(path: Path, runs: Sequence[Run], benchmark: Benchmark, limit: int
 
 
 def latex(runs: Sequence[Run]) -> str:
-    """A ``booktabs`` table of IC, PQ and O with 95 % intervals; notes follow as comments."""
-    lines = [r"\begin{tabular}{lllrrr}", r"\toprule", r"Model & Judge & Group & IC & PQ & O \\"]
+    """A ``booktabs`` table of IC, PQ and O (or what there is) with 95 % intervals; notes follow as comments."""
+    keys = measures(runs)
+    head = " & ".join(["Model", "Judge", "Group", *(tex(key.upper() if len(key) < 3 else key) for key in keys)])
+    lines = [rf"\begin{{tabular}}{{lll{'r' * len(keys)}}}", r"\toprule", head + r" \\"]
     for run, judge, rows in _rows(runs):
         lines.append(r"\midrule")
         for group, row in rows.items():
-            cells = ["--" if (v := row.get(key)) is None else f"{v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for key in KEYS]
-            lines.append(" & ".join([*map(_tex, (run.label, judge, group)), *cells]) + r" \\")
+            cells = ["--" if (v := row.get(key)) is None else f"{v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for key in keys]
+            lines.append(" & ".join([*map(tex, (run.label, judge, group)), *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     for run in runs:
         lines += [f"% {run.label!r}: {note!r}" for note in notes(run)]
@@ -136,7 +146,8 @@ _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciic
 """The last two would be read as arguments of the row end before them."""
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
+    """Text as LaTeX prints it."""
     text = re.sub(r"\s+", " ", text)
     return re.sub(r"[\\~^&%$#_{}\[*]", lambda match: _TEX.get(match.group(), "\\" + match.group()), text)
 
@@ -153,12 +164,14 @@ def _rows(runs: Sequence[Run]) -> list[tuple[Run, str, dict[str, Any]]]:
 
 
 def _table(runs: Sequence[Run]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("model", "judge", "group", "IC", "PQ", "O", "judged", "failed"))
+    keys = measures(runs)
+    titles = [key.upper() if len(key) < 3 else key for key in keys]
+    head = "".join(f"<th>{name}</th>" for name in ("model", "judge", "group", *titles, "judged", "failed"))
     body = []
     for run, judge, rows in _rows(runs):
         for group, row in rows.items():
             cells = [html.escape(one) for one in (run.label, judge, group)]
-            for key in KEYS:
+            for key in keys:
                 v = row.get(key)
                 cells.append("–" if v is None else f"<b>{v[0]:.2f}</b> <small>[{v[1]:.2f}, {v[2]:.2f}]</small>")
             cells.append(f"{row['judged']} of {row['items']}" if "items" in row else "")
@@ -166,28 +179,29 @@ def _table(runs: Sequence[Run]) -> str:
             body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return (
         f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody>'
-        "</table></div><p>Means with bootstrap 95 % intervals; scores from 0 to 10.</p>"
+        f"</table></div><p>Means with bootstrap 95 % intervals; scores from 0 to {scale(runs):g}.</p>"
     )
 
 
 def _chart(runs: Sequence[Run], groups: Sequence[str]) -> str:
     """Bars of O with interval whiskers, one colour for each run and judge."""
-    series = _rows(runs)
+    series, best, main = _rows(runs), scale(runs), measures(runs)[-1]
     bar, gap, height, left = 18, 26, 220, 34
     step = max(96, bar * len(series) + gap)  # a group's name has to fit under its bars
     width = left + step * len(groups)
     parts = [f'<svg viewBox="0 0 {width} {height + 50}" style="max-width:{max(width, 480)}px" role="img">']
-    parts.append("<title>O by group with 95 % intervals</title>")
+    parts.append(f"<title>{html.escape(main)} by group with 95 % intervals</title>")
     for tick in range(0, 11, 2):
         y = 10 + height * (1 - tick / 10)
-        parts.append(f'<path d="M{left} {y:.1f}H{width}" class="grid"/><text x="4" y="{y + 4:.1f}">{tick}</text>')
+        value = f"{tick * best / 10:g}"
+        parts.append(f'<path d="M{left} {y:.1f}H{width}" class="grid"/><text x="4" y="{y + 4:.1f}">{value}</text>')
     for place, group in enumerate(groups):
         start = left + place * step + gap / 2
         for index, (run, judge, rows) in enumerate(series):
-            found = rows.get(group, {}).get("o")
+            found = rows.get(group, {}).get(main)
             if found is None:
                 continue
-            top, low, high = (10 + height * (1 - value / 10) for value in found)
+            top, low, high = (10 + height * (1 - value / best) for value in found)
             x = start + index * bar
             label = html.escape(f"{run.label}, {judge}, {group}: {found[0]:.2f}")
             colour = COLOURS[index % len(COLOURS)]
@@ -218,12 +232,16 @@ def _agreement(runs: Sequence[Run]) -> str:
 
 def _gallery(runs: Sequence[Run], items: Sequence[Item], groups: Sequence[str]) -> str:
     """Items that are among the worst or best of any run and judge; every run's picture of them, side by side."""
-    scores = {(run.label, judge): item_scores(run.folder, items, judge) for run, judge, _ in _rows(runs)}
+    keys, main = measures(runs), measures(runs)[-1]
+    rule = "mean" if runs[0].summary.get("rule") == "mean" else "all"
+    scores = {
+        (run.label, judge): item_scores(run.folder, items, judge, rule, scale(runs)) for run, judge, _ in _rows(runs)
+    }
     chosen: set[str] = set()
     for found in scores.values():
         for group in groups:
             ranked = [item.id for item in items if item.group == group and found[item.id]["status"] == "ok"]
-            ranked.sort(key=lambda one: float(found[one]["o"]))
+            ranked.sort(key=lambda one: float(found[one][main]))
             chosen |= {*ranked[: GALLERY // 2], *ranked[-(GALLERY // 2) :]}
             failed = [i.id for i in items if i.group == group and found[i.id]["status"] not in ("ok", "not judged")]
             chosen |= set(failed[: GALLERY // 2])
@@ -238,7 +256,9 @@ def _gallery(runs: Sequence[Run], items: Sequence[Item], groups: Sequence[str]) 
     for item in items:
         if item.id not in chosen:
             continue
-        figures = [_figure(item.photo, "source" if item.kind == "edit" else "photograph", "")]
+        figures = []
+        if item.photo is not None:
+            figures.append(_figure(item.photo, "source" if item.kind == "edit" else "photograph", ""))
         values = []
         for run in runs:
             record = drawn[run.label].get(item.id) or {}
@@ -247,10 +267,10 @@ def _gallery(runs: Sequence[Run], items: Sequence[Item], groups: Sequence[str]) 
                 scored = scores[run.label, judge][item.id]
                 line = str(scored["status"])
                 if line == "ok":
-                    values.append(float(scored["o"]))
-                    line = ", ".join(f"{key.upper()} {scored[key]:.1f}" for key in KEYS)
+                    values.append(float(scored[main]))
+                    line = ", ".join(f"{key.upper()} {scored[key]:.1f}" for key in keys)
                 log = said[run.label, judge]
-                answers = [log.get(item.id, aspect, record.get("sha256")) for aspect in ASPECTS]
+                answers = [log.get(item.id, aspect, record.get("sha256")) for aspect in aspects(item)]
                 raw = "\n".join(one["raw"][-1] for one in answers if one and one["raw"])
                 texts.append(
                     f"<details><summary>{html.escape(f'{judge}: {line}')}</summary>"

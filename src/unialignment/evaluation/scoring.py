@@ -124,6 +124,26 @@ def parse(text: str, count: int, strict: bool = True) -> Scores:
     return _checked(values, count, strict)
 
 
+def parse_yes_no(text: str) -> Scores:
+    """Read yes (1) or no (0), the first or the last word that says so.
+
+    Raises:
+        Refusal: It declines instead.
+        UnparsableAnswer: It says neither, or both.
+    """
+    body = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    words = re.findall(r"[a-z]+", body.lower())
+    for word in (*words[:1], *words[-1:]):
+        if word in ("yes", "no"):
+            return Scores((float(word == "yes"),))
+    said = {word for word in words if word in ("yes", "no")}
+    if len(said) == 1:
+        return Scores((float("yes" in said),), "amid prose")
+    if not said and _REFUSAL.search(body):
+        raise Refusal("the judge declined")
+    raise UnparsableAnswer("both yes and no in the answer" if said else "neither yes nor no in the answer")
+
+
 def _checked(values: list[float], count: int, strict: bool) -> Scores:
     if not values:
         raise UnparsableAnswer("an empty list of scores")

@@ -8,6 +8,21 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class Check:
+    """A question about the drawn picture that is to be answered with yes.
+
+    Attributes:
+        id: Unique within the item.
+        text: The question.
+        parents: Checks that have to hold for this one to count.
+    """
+
+    id: str
+    text: str
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Item:
     """One thing to make and to judge.
 
@@ -17,8 +32,9 @@ class Item:
         kind: Whether a picture is made from text alone or by editing a source.
         prompt: What the judge reads: the whole prompt or instruction.
         turns: What the model is told, one call for each.
-        photo: The photograph that the item was written about; of editing items the source.
+        photo: The photograph that the item was written about, if there is one; of editing items the source.
         offset: Added to the run's seed.
+        checks: Questions that the judge is asked about the picture, in place of marks.
     """
 
     id: str
@@ -26,8 +42,9 @@ class Item:
     kind: Literal["generate", "edit"]
     prompt: str
     turns: tuple[str, ...]
-    photo: Path
+    photo: Path | None
     offset: int
+    checks: tuple[Check, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,9 +56,22 @@ class Benchmark:
         groups: Names of groups, in the order of reports.
         items: All items, group by group.
         fingerprint: SHA-256 over all texts and pictures.
+        measures: What each item gets: IC, PQ and O, or one score from its checks.
+        scale: The best value of a measure.
+        rule: How checks make a score: ``"all"`` have to hold, or their ``"mean"``.
+        notes: What a reader has to know.
     """
 
     name: str
     groups: tuple[str, ...]
     items: tuple[Item, ...]
     fingerprint: str
+    measures: tuple[str, ...] = ("ic", "pq", "o")
+    scale: float = 10.0
+    rule: Literal["all", "mean"] = "all"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def main(self) -> str:
+        """The measure that counts."""
+        return self.measures[-1]

@@ -70,6 +70,11 @@ class EndpointJudge:
         self._lock = threading.Lock()
         self.requests = self.tokens = 0
 
+    @property
+    def client(self) -> Any:
+        """The client of the endpoint."""
+        return self._client
+
     def identity(self) -> dict[str, Any]:
         """See :class:`~unialignment.evaluation.judges.Judge`."""
         options = self.options

@@ -26,11 +26,18 @@ class Question:
         text: The prompt with the instruction in its place.
         count: Numbers asked for.
         with_source: Whether the source is shown before the result.
+        yes_no: The answer is yes or no, which count as 1 and 0, instead of numbers.
     """
 
     text: str
     count: int
     with_source: bool
+    yes_no: bool = False
+
+
+def yes_no_question(text: str) -> Question:
+    """A question of a benchmark's own about the picture."""
+    return Question(f"{text}\nLook at the picture and answer with yes or no only.", 1, False, yes_no=True)
 
 
 class PromptSet:
