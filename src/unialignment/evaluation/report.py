@@ -21,6 +21,7 @@ from PIL import Image
 from unialignment.errors import InputError
 from unialignment.evaluation.benchmarks import Benchmark, Item
 from unialignment.evaluation.harness import aspects, item_scores, judge_folder, select
+from unialignment.evaluation.radar import radar
 from unialignment.evaluation.records import RecordLog
 from unialignment.images import load_image
 from unialignment.storage import atomic_file
@@ -112,7 +113,10 @@ def write_html(path: Path, runs: Sequence[Run], benchmark: Benchmark, limit: int
         lines = "".join(f"<li>{html.escape(note)}</li>" for note in notes(run))
         model = html.escape(json.dumps(run.summary["run"]["model"], ensure_ascii=False))
         parts.append(f"<p><b>{html.escape(run.label)}</b> <code>{model}</code></p><ul>{lines}</ul>")
-    parts += ["<h2>Scores</h2>", _table(runs), "<h2>O by group</h2>", _chart(runs, benchmark.groups)]
+    parts += ["<h2>Scores</h2>", _table(runs)]
+    main = measures(runs)[-1]
+    parts += [f"<h2>{html.escape(_title(main))} by group</h2>", _radar(runs, benchmark.groups)]
+    parts.append(_chart(runs, benchmark.groups))
     parts += [_agreement(runs), "<h2>Items</h2>", _gallery(runs, select(benchmark, limit), benchmark.groups)]
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -129,7 +133,7 @@ def write_html(path: Path, runs: Sequence[Run], benchmark: Benchmark, limit: int
 def latex(runs: Sequence[Run]) -> str:
     """A ``booktabs`` table of IC, PQ and O (or what there is) with 95 % intervals; notes follow as comments."""
     keys = measures(runs)
-    head = " & ".join(["Model", "Judge", "Group", *(tex(key.upper() if len(key) < 3 else key) for key in keys)])
+    head = " & ".join(["Model", "Judge", "Group", *(tex(_title(key)) for key in keys)])
     lines = [rf"\begin{{tabular}}{{lll{'r' * len(keys)}}}", r"\toprule", head + r" \\"]
     for run, judge, rows in _rows(runs):
         lines.append(r"\midrule")
@@ -165,7 +169,7 @@ def _rows(runs: Sequence[Run]) -> list[tuple[Run, str, dict[str, Any]]]:
 
 def _table(runs: Sequence[Run]) -> str:
     keys = measures(runs)
-    titles = [key.upper() if len(key) < 3 else key for key in keys]
+    titles = [_title(key) for key in keys]
     head = "".join(f"<th>{name}</th>" for name in ("model", "judge", "group", *titles, "judged", "failed"))
     body = []
     for run, judge, rows in _rows(runs):
@@ -183,6 +187,19 @@ def _table(runs: Sequence[Run]) -> str:
     )
 
 
+def _title(key: str) -> str:
+    return key.upper() if len(key) < 3 else key
+
+
+def _radar(runs: Sequence[Run], groups: Sequence[str]) -> str:
+    main = measures(runs)[-1]
+    series = []
+    for index, (run, judge, rows) in enumerate(_rows(runs)):
+        values = {group: rows[group][main][0] for group in groups if rows.get(group, {}).get(main)}
+        series.append((f"{run.label}, {judge}", COLOURS[index % len(COLOURS)], values))
+    return radar(series, groups, scale(runs), f"{_title(main)} by group")
+
+
 def _chart(runs: Sequence[Run], groups: Sequence[str]) -> str:
     """Bars of O with interval whiskers, one colour for each run and judge."""
     series, best, main = _rows(runs), scale(runs), measures(runs)[-1]
@@ -190,7 +207,7 @@ def _chart(runs: Sequence[Run], groups: Sequence[str]) -> str:
     step = max(96, bar * len(series) + gap)  # a group's name has to fit under its bars
     width = left + step * len(groups)
     parts = [f'<svg viewBox="0 0 {width} {height + 50}" style="max-width:{max(width, 480)}px" role="img">']
-    parts.append(f"<title>{html.escape(main)} by group with 95 % intervals</title>")
+    parts.append(f"<title>{html.escape(_title(main))} by group with 95 % intervals</title>")
     for tick in range(0, 11, 2):
         y = 10 + height * (1 - tick / 10)
         value = f"{tick * best / 10:g}"

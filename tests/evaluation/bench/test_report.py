@@ -17,6 +17,7 @@ from unialignment.evaluation import harness
 from unialignment.evaluation.benchmarks import Benchmark, Item
 from unialignment.evaluation.judges import Answer
 from unialignment.evaluation.judges.prompts import PromptSet
+from unialignment.evaluation.radar import MARGIN, SIDE, radar
 from unialignment.evaluation.report import OUTSIDE, Run, latex, read_runs, write_html
 from unialignment.evaluation.scoring import PROTOCOLS
 
@@ -174,3 +175,17 @@ def test_different_runs_do_not_stand_side_by_side(runs: list[Run], benchmark: Be
         read_runs([runs[0].folder, finish(tmp_path / "c", small)])
     with pytest.raises(InputError, match="different protocols"):
         read_runs([runs[0].folder, finish(tmp_path / "d", benchmark, protocol="published")])
+
+
+def test_the_radar_puts_values_where_they_belong() -> None:
+    groups = ["up", "right", "down", "left"]
+    chart = radar([("m", "#123456", {"up": 10, "right": 5, "down": 0, "left": 20})], groups, 10, "O")
+    centre, reach = SIDE / 2 + MARGIN, SIDE / 2
+    at = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', chart)]
+    expected = [(centre, centre - reach), (centre + reach / 2, centre), (centre, centre), (centre - reach, centre)]
+    assert at == [pytest.approx(point, abs=0.1) for point in expected]  # what is above the best stays on the rim
+    assert chart.count('stroke="#123456"') == 1
+    partial = radar([("m", "#123456", {"up": 10})], groups, 10, "O")
+    assert 'stroke="#123456"' not in partial and partial.count("<circle") == 1
+    assert radar([], groups[:2], 10, "O") == ""
+    assert "<script>" not in radar([("<script>", "#123456", {"up": 1})], ["<script>", "up", "c"], 10, "<script>")

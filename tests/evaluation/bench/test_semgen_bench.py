@@ -111,3 +111,19 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(AssetError, match="hub failed"):  # tests are offline
         load("someone/semgen-bench")
+
+
+def test_a_hub_id_is_downloaded_as_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[str, object]] = []
+
+    def snapshot_download(name: str, **options: object) -> str:
+        asked.append((name, options["repo_type"]))
+        return str(write(tmp_path / "snapshot", ROW))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    bench = load("somebody/SemGen-Bench")
+    assert asked == [("somebody/SemGen-Bench", "dataset")]
+    assert [item.group for item in bench.items] == list(GROUPS)
+    assert bench.fingerprint == load(write(tmp_path / "folder", ROW)).fingerprint
