@@ -35,7 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the model, with --engine ray")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-queue", type=int, metavar="N", help="requests that may wait (default: 64)")
-    limits.add_argument("--max-rows", type=int, metavar="N", help="rows of one forward pass (default: 64)")
+    limits.add_argument(
+        "--max-rows", type=int, metavar="N", help="rows of one forward pass (default: 16 on CPUs, 64 elsewhere)"
+    )
     limits.add_argument("--max-steps", type=int, metavar="N", help="denoising steps of a request (default: 200)")
     limits.add_argument("--max-n", type=int, metavar="N", help="results of one request (default: 8)")
     limits.add_argument("--max-body-mib", type=int, metavar="N", help="size of a request's body (default: 32)")

@@ -165,8 +165,9 @@ class Batcher:
 
     def _pass(self, key: Hashable, rows: list[Row]) -> list[Tensor]:
         pipe, model = self.pipe, self.pipe.transformer
-        condition = self._join(key, [row.condition for row in rows])
         target = torch.cat([row.target for row in rows])
+        tokens = target[0, 0].numel() // model.config.patch_size**2 if target.ndim == 4 else target.shape[1]
+        condition = self._join(key, [row.condition for row in rows], tokens)
         self.passes += 1
         self.rows += len(rows)
         if rows[0].positions is None:
@@ -204,14 +205,18 @@ class Batcher:
             )
         return list(output.text_logits.float().split(positions.sum(1).tolist()))
 
-    def _join(self, key: Hashable, conditions: list[Known]) -> Known:
-        """One batch of the rows' conditions; kept for the next step, which mostly has the same rows."""
+    def _join(self, key: Hashable, conditions: list[Known], tokens: int) -> Known:
+        """One batch of the rows' conditions, with room for ``tokens`` of a target in encoded ones.
+
+        Kept for the next step, which mostly has the same rows.
+        """
         kept = self._joined.get(key)
         if kept is not None and len(kept[0]) == len(conditions) and all(map(_is, kept[0], conditions)):
             return kept[1]
         joined: Known
         if isinstance(conditions[0], ConditionCache):
-            joined = ConditionCache.concatenate([c for c in conditions if isinstance(c, ConditionCache)])
+            room = 0 if torch.is_grad_enabled() else tokens
+            joined = ConditionCache.assemble([(c, None) for c in conditions if isinstance(c, ConditionCache)], room)
         else:
             joined = _concatenate([c for c in conditions if isinstance(c, Condition)])
         self._joined[key] = conditions, joined

@@ -95,7 +95,8 @@ class Engine:
         self.settings = settings or EngineSettings()
         given = self.settings.memory_bytes
         self.memory_bytes = free_bytes(pipe.device) // 4 if given is None else given
-        self._scheduler = Scheduler(pipe, self.settings.max_rows, self._on_done, self._on_failed)
+        self.max_rows = self.settings.max_rows or (16 if pipe.device.type == "cpu" else 64)
+        self._scheduler = Scheduler(pipe, self.max_rows, self._on_done, self._on_failed)
         self._ids = itertools.count(1)
         self._lock = threading.Condition()
         self._queue: list[_Waiting] = []
@@ -247,7 +248,7 @@ class Engine:
                 return
             if isinstance(waiting.plan, Plan):
                 rows = self._scheduler.rows(waiting.target)
-                if rows and rows + waiting.plan.rows > self.settings.max_rows:
+                if rows and rows + waiting.plan.rows > self.max_rows:
                     blocked.add(waiting.target)
                     continue
                 job: Job | EmbedJob = Job(self.pipe, waiting.handle, waiting.plan)
