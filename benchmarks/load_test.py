@@ -116,12 +116,12 @@ def read_vectors(answer: dict[str, Any]) -> np.ndarray:
     return np.asarray([entry["embedding"] for entry in answer["data"]], np.float32)
 
 
-def as_json(task: str, path: str, read: Callable[[dict[str, Any]], Any], **body: Any) -> Case:
+def as_json(task: str, path: str, read: Callable[[dict[str, Any]], Any], /, **body: Any) -> Case:
     """A request with a JSON body."""
     return Case(task, path, json.dumps(body).encode(), "application/json", read)
 
 
-def as_form(task: str, pictures: list[bytes], **fields: Any) -> Case:
+def as_form(task: str, pictures: list[bytes], /, **fields: Any) -> Case:
     """A request to the edits route."""
     edge = "edge-of-a-part"
     parts = [

@@ -59,8 +59,8 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
                 references = local_only(
                     gr.Gallery(
                         label=f"Subjects: 1 to {most} pictures",
-                        type="filepath", interactive=True, columns=4, height=180, sources=["upload", "clipboard"],
-                        file_types=["image"], elem_id="create-references", buttons=[],
+                        type="filepath", interactive=True, columns=4, height=180, object_fit="contain",
+                        sources=["upload", "clipboard"], file_types=["image"], elem_id="create-references", buttons=[],
                     )
                 )  # fmt: skip
 
