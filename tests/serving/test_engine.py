@@ -79,6 +79,11 @@ def every_kind(pictures: list[Any]) -> list[TaskRequest]:
         ),
         TaskRequest("generate", None, options={"seed": 5, "guidance_scale": 1.0, "num_inference_steps": 3}),
         TaskRequest("generate", "a dog", options={"seed": 1, "best_of": 3, "num_images_per_prompt": 2}),
+        TaskRequest(
+            "edit", "red", (first,),
+            options={"seed": 1, "best_of": 2, "num_images_per_prompt": 2, "best_of_text": "a red dog",
+                     "num_inference_steps": 3},
+        ),
         TaskRequest("generate", "a cat", options={"seed": 9, "width": 16, "height": 32, "num_inference_steps": 4}),
         TaskRequest("edit", "replace dog by cat", (first,), options={"seed": 4, "image_guidance_scale": 1.5}),
         TaskRequest("edit", "red", (first.resize((50, 20)),), options={"seed": 4, "fit": "pad"}),
@@ -90,6 +95,7 @@ def every_kind(pictures: list[Any]) -> list[TaskRequest]:
         TaskRequest("caption", None, (first,), previews=1),
         TaskRequest("caption", None, (second,), options={"decoding": "ancestral", "temperature": 0.8, "seed": 3}),
         TaskRequest("answer", "what is the dog", (second,), options={"guidance_scale": 2.0, "seed": 1}),
+        TaskRequest("caption", None, (second,), options={"confidence_threshold": 0.02}),
         TaskRequest("infill", "a ___ next to ___ dog", (second,)),
     ]  # fmt: skip
 
@@ -121,6 +127,7 @@ def test_together_as_alone(make_tiny_pipeline: Any, pictures: list[Any], mode: s
             assert together.texts == single.texts, request
             continue
         assert len(together.images) == len(single.images)
+        assert together.scores == pytest.approx(single.scores, abs=1e-5)
         for one, other in zip(together.images, single.images, strict=True):
             assert one.size == other.size
             assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1, request

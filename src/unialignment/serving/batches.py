@@ -185,6 +185,7 @@ class Batcher:
                     target="image",
                     condition_features=False,
                 )
+            assert output.velocity is not None
             return list(output.velocity.float().split(1))
         positions = torch.cat([row.positions for row in rows if row.positions is not None])
         embeds = pipe.text_embedder.embed(target).to(pipe.dtype)
@@ -203,6 +204,7 @@ class Batcher:
                 logit_positions=positions,
                 condition_features=False,
             )
+        assert output.text_logits is not None
         return list(output.text_logits.float().split(positions.sum(1).tolist()))
 
     def _join(self, key: Hashable, conditions: list[Known], tokens: int) -> Known:

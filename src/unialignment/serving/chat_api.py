@@ -73,7 +73,7 @@ def _prepare(service: Service, body: ChatBody, client: str) -> _Talk:
         name: value
         for name in (
             *("num_inference_steps", "guidance_scale", "image_guidance_scale", "negative_prompt", "fit"),
-            *("temperature", "top_p", "decoding"),
+            *("temperature", "top_p", "decoding", "confidence_threshold"),
         )
         if (value := getattr(body, name)) is not None
     }

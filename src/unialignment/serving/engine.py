@@ -314,4 +314,4 @@ class Engine:
 def _late(waiting: _Waiting) -> DeadlineError:
     assert waiting.deadline is not None
     seconds = waiting.deadline - waiting.handle.submitted
-    return DeadlineError(f"the request wasn't done within its {seconds:g} s; ask for less, or allow more time")
+    return DeadlineError(f"the request wasn't done within its {seconds:.3g} s; ask for less, or allow more time")

@@ -10,7 +10,8 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -108,8 +109,8 @@ class Handle:
                 raise DeadlineError(f"not done after {timeout:g} s; wait longer, or cancel it")
         return self._outcome()
 
-    def __await__(self) -> Iterator[ImageResult | TextResult | Tensor]:
-        return self._wait().__await__()  # type: ignore[return-value]
+    def __await__(self) -> Generator[Any, Any, ImageResult | TextResult | Tensor]:
+        return self._wait().__await__()
 
     async def _wait(self) -> ImageResult | TextResult | Tensor:
         async for _ in self:

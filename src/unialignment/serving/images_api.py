@@ -40,7 +40,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 }
 _PASSED = (
     *("seed", "num_inference_steps", "guidance_scale", "image_guidance_scale", "negative_prompt", "fit"),
-    *("guidance_interval", "solver", "shift", "best_of"),
+    *("guidance_interval", "solver", "shift", "best_of", "best_of_text"),
 )
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -74,6 +74,7 @@ def _prepare(
     count = service.check_count(body.n)
     service.check_text(prompt or "", "prompt")
     service.check_text(body.negative_prompt or "", "negative_prompt")
+    service.check_text(body.best_of_text or "", "best_of_text")
     if body.response_format not in (None, "b64_json"):
         message = "this server keeps no files to link to; use response_format='b64_json'"
         raise APIError(400, message, "invalid_value", "response_format")
@@ -267,8 +268,9 @@ async def edit(
     fit: Annotated[Literal["crop", "pad"] | None, Form()] = None,
     solver: Annotated[Literal["euler", "heun"] | None, Form()] = None,
     best_of: Annotated[int | None, Form(ge=1)] = None,
+    best_of_text: Annotated[str | None, Form(description="What best_of compares pictures with.")] = None,
     priority: Annotated[int, Form(ge=-10, le=10)] = 0,
-    timeout: Annotated[float | None, Form(gt=0, le=3600)] = None,
+    timeout: Annotated[float | None, Form(ge=0.001, le=3600)] = None,
     background: Annotated[str | None, Form()] = None,
 ) -> Any:
     """Change a picture, compose several, draw a map of one, or a picture from a map."""
@@ -296,7 +298,8 @@ async def edit(
             output_format=output_format, output_compression=output_compression, stream=stream,
             partial_images=partial_images, seed=seed, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale,
-            negative_prompt=negative_prompt, fit=fit, solver=solver, best_of=best_of, priority=priority,
+            negative_prompt=negative_prompt, fit=fit, solver=solver, best_of=best_of,
+            best_of_text=best_of_text, priority=priority,
             timeout=timeout, background=background,  # type: ignore[arg-type]
         )  # fmt: skip
     except ValidationError as error:
@@ -311,7 +314,8 @@ async def edit(
 _FIELDS = {
     *("prompt", "image", "image[]", "task", "kind", "model", "n", "size", "width", "height", "response_format"),
     *("output_format", "output_compression", "stream", "partial_images", "seed", "num_inference_steps"),
-    *("guidance_scale", "image_guidance_scale", "negative_prompt", "fit", "solver", "best_of", "priority", "timeout"),
+    *("guidance_scale", "image_guidance_scale", "negative_prompt", "fit", "solver", "best_of", "best_of_text"),
+    *("priority", "timeout"),
     "background",
 }
 _WITHOUT_EFFECT = {"quality", "user", "input_fidelity", "moderation", "safety_identifier", "complexity", "style"}

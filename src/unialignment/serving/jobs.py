@@ -16,6 +16,7 @@ from torch import Tensor
 from unialignment.diffusion import decoding_steps, seeded_normal, solver_steps
 from unialignment.diffusion.guidance import Branch
 from unialignment.outputs import ImageResult, TextResult
+from unialignment.reranking import Reranker
 from unialignment.serving.batches import Known, Row
 from unialignment.serving.handle import Handle
 from unialignment.serving.plans import EmbedPlan, ImagePlan, Plan, TextPlan
@@ -145,7 +146,7 @@ class Job:
         self.started = time.monotonic()
         self.settled = ""
         self.pictures: dict[int, Image.Image] = {}
-        self.scores: dict[int, float] = {}
+        self.ranking: Reranker | None = None
         request = handle.request
         self.previews = request.previews if isinstance(request, TaskRequest) else 0
         self.steps = len(plan.sigmas) - 1 if isinstance(plan, ImagePlan) else plan.decoding.steps  # type: ignore[attr-defined]
@@ -180,9 +181,7 @@ class Job:
         """The result of a finished job whose target is a picture, once all its ``pictures`` are drawn."""
         plan = self.plan
         assert isinstance(plan, ImagePlan)
-        order = list(range(len(plan.seeds)))
-        if self.scores:
-            order = sorted(order, key=lambda index: -self.scores[index])[: plan.keep]
+        order = list(range(len(plan.seeds))) if self.ranking is None else self.ranking.best(plan.keep)
         return ImageResult(
             images=[self.pictures[index] for index in order],
             seeds=[plan.seeds[index] for index in order],
@@ -190,7 +189,7 @@ class Job:
             task=plan.task.name,
             model=self.pipe.name,
             settings=dict(plan.settings),
-            scores=[self.scores[index] for index in order] if self.scores else None,
+            scores=None if self.ranking is None else [float(self.ranking.scores[index]) for index in order],
         )
 
 

@@ -20,7 +20,7 @@ from unialignment.diffusion.guidance import Branch
 from unialignment.diffusion.solvers import SOLVERS
 from unialignment.errors import InputError
 from unialignment.images import fit_image, load_image
-from unialignment.inputs import Request, build_requests, expand_seeds
+from unialignment.inputs import Request, build_requests, expand_seeds, merge_options
 from unialignment.serving.requests import REFUSED_OPTIONS, EmbedRequest, EngineSettings, TaskRequest
 from unialignment.tasks import Task
 
@@ -66,7 +66,8 @@ class ImagePlan(Plan):
         shape: ``(C, H, W)`` of the latents.
         sigmas: Noise levels.
         solver: Its name.
-        keep: How many of the samples are kept: the most similar to the prompt where there are more.
+        keep: How many of the samples are kept.
+        compared: Text with which drawn pictures are compared; the most similar are kept, best first. ``None``: all are.
         content: Box of the drawn picture that is the result, where padding is cut off again.
     """
 
@@ -74,6 +75,7 @@ class ImagePlan(Plan):
     sigmas: tuple[float, ...]
     solver: str
     keep: int
+    compared: str | None
     content: tuple[int, int, int, int] | None
 
 
@@ -131,9 +133,13 @@ def make_plan(pipe: UniAlignmentPipeline, request: TaskRequest | EmbedRequest, l
         load_image(image, allow_urls=pipe.allow_urls, max_pixels=limits.max_pixels, background=background)
         for image in request.images
     ]
-    options, checked = sampling._prepare(
-        pipe, task, request.prompt, [images] if images else None, request.kind, request.options
-    )
+    # Not the pipeline's own preparation, which may run the text encoder: only the engine's thread runs the model.
+    options = merge_options(task, pipe.sampling.get(task.name, {}), request.options)
+    given = [images] if images else None
+    checked = build_requests(task, request.prompt, given, request.kind, options["negative_prompt"])
+    for one in checked:
+        pipe.check_length(one.text)
+        pipe.check_length(one.negative)
     if len(checked) != 1:
         raise InputError(f"{task.name}: one prompt a request, got {len(checked)}")
     if options["num_inference_steps"] > limits.max_steps:
@@ -157,8 +163,10 @@ def _image_plan(
         raise InputError(f"{drawn} pictures are more than the {limits.max_samples} that one request may ask for here")
     if options["solver"] not in SOLVERS:
         raise InputError(f"solver must be one of {', '.join(SOLVERS)}, got {options['solver']!r}")
-    if drawn > keep and not request.prompt:
-        raise InputError(f"best_of compares pictures with their prompt, and {task.name} was given none")
+    compared = None
+    if drawn > 1 and (options["best_of"] or 1) > 1:
+        (compared,) = sampling._compared(task, [request], options["best_of_text"])
+        pipe.check_length(compared)
     guidance = Guidance(
         options["guidance_scale"], options["image_guidance_scale"], sampling._interval(options["guidance_interval"])
     )
@@ -179,6 +187,7 @@ def _image_plan(
         sigmas=tuple(sigma_schedule(options["num_inference_steps"], options["shift"])),
         solver=options["solver"],
         keep=keep,
+        compared=compared,
         content=sources.content(0) if task.size_from_source else None,
     )
 
@@ -223,7 +232,11 @@ def _text_plan(
         start=len(question),
         path=MaskedPath(tokenizer.mask_token_id),
         decoding=TextDecoding(
-            options["decoding"], options["num_inference_steps"], options["temperature"], options["top_p"]
+            options["decoding"],
+            options["num_inference_steps"],
+            options["temperature"],
+            options["top_p"],
+            options["confidence_threshold"],
         ),
         end_id=None if task.gaps else end,
         excluded=end if task.gaps else None,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from PIL import Image
 
+from unialignment.reranking import Reranker
 from unialignment.serving.batches import Batcher
 from unialignment.serving.jobs import EmbedJob, Job, Sample
 from unialignment.serving.plans import ImagePlan
@@ -180,8 +181,8 @@ class Scheduler:
             if not any(one is job for one in self.jobs):
                 continue  # failed just now
             try:
-                if isinstance(job.plan, ImagePlan) and len(job.plan.seeds) > job.plan.keep:
-                    self._score(job)
+                if isinstance(job.plan, ImagePlan) and job.plan.compared is not None:
+                    self._score(job, job.plan.compared)
                 result = job.image_result() if isinstance(job.plan, ImagePlan) else job.text_result()
             except Exception as error:
                 self._fail(job, error)
@@ -189,12 +190,11 @@ class Scheduler:
             self.remove(job)
             self._done(job, result)
 
-    def _score(self, job: Job) -> None:
-        """Similarity of each drawn picture to the prompt, as ``best_of`` needs it."""
-        text = self.pipe.embed_text(job.plan.prompt)
+    def _score(self, job: Job, text: str) -> None:
+        """Similarity of each drawn picture to a text, as ``best_of`` needs it."""
+        job.ranking = Reranker(self.pipe, [text], len(job.samples))
         latents = torch.cat([sample.finished for sample in job.samples if sample.finished is not None])
-        scores = (self.pipe.embed_latents(latents) * text).sum(-1)
-        job.scores = dict(enumerate(scores.tolist()))
+        job.ranking.see(range(len(job.samples)), latents)
 
     def _embed(self, jobs: list[EmbedJob]) -> None:
         if not jobs:

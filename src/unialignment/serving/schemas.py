@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Ignored = Annotated[Any, Field(description="Accepted for compatibility; has no effect.")]
 Seed = Annotated[int | None, Field(ge=0, le=2**62, description="Repeatable result; new unless given.")]
 Priority = Annotated[int, Field(ge=-10, le=10, description="Higher ones leave the queue first.")]
-Timeout = Annotated[float | None, Field(gt=0, le=3600, description="Seconds until the request fails.")]
+Timeout = Annotated[float | None, Field(ge=0.001, le=3600, description="Seconds until the request fails.")]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -58,6 +58,7 @@ class DrawingOptions(Sampling):
     solver: Literal["euler", "heun"] | None = None
     shift: float | None = Field(None, gt=0)
     best_of: int | None = Field(None, ge=1, description="Draw so many and keep the n most similar to the prompt.")
+    best_of_text: str | None = Field(None, description="What best_of compares pictures with, instead of the prompt.")
     background: Literal["auto", "opaque", "transparent"] | None = None
     svg: Any = None
     frame_count: Any = None
@@ -159,6 +160,7 @@ class ChatBody(Sampling):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     decoding: Literal["confidence", "ancestral"] | None = None
+    confidence_threshold: float | None = Field(None, gt=0, le=1, description="Fill what is surer than this at once.")
     stop: Annotated[str, Field(max_length=200)] | Annotated[list[str], Field(max_length=16)] | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
