@@ -152,7 +152,7 @@ class RayBackend:
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         """See :class:`~unialignment.serving.remote.Backend`."""
-        response = self._run.remote(request)
+        response: Any = self._run.remote(request)  # a generator, because the handle streams
         finished = False
         try:
             async for event in response:
@@ -223,7 +223,8 @@ def build(args: RayArguments) -> serve.Application:
                 "downscale_delay_s": 300,
             },
         }
-    model = serve.deployment(ModelReplica).options(
+    deployment: Any = serve.deployment
+    model = deployment(ModelReplica).options(
         name="model",
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
         # The engine batches what it is given and bounds its own queue, so a replica is given much at once.
@@ -235,7 +236,7 @@ def build(args: RayArguments) -> serve.Application:
         graceful_shutdown_wait_loop_s=1.0,
         **scaling,
     )
-    frontend = serve.deployment(serve.ingress()(Frontend)).options(
+    frontend = deployment(serve.ingress()(Frontend)).options(
         name="frontend",
         num_replicas=args.frontends,
         ray_actor_options={"num_cpus": 0},

@@ -233,7 +233,8 @@ class RemoteEngine:
             if error is None:
                 name = "completed"
             else:
-                name = {RequestCancelledError: "cancelled", DeadlineError: "expired"}.get(type(error), "failed")
+                names: dict[type[BaseException], str] = {RequestCancelledError: "cancelled", DeadlineError: "expired"}
+                name = names.get(type(error), "failed")
             self._counts[name] += 1
             self._lock.notify_all()
         handle.emit(event)
