@@ -193,7 +193,7 @@ def _ragged(side: Side, exchange: Exchange) -> tuple[list[int], Tensor | None]:
     size = torch.tensor([sum(map(len, side.ids)), side.embeddings[0].shape[1] if side.ids else 0])
     device = side.embeddings[0].device if side.ids else torch.device("cpu")
     backend_device = "cuda" if dist.get_backend(exchange.group) == "nccl" else "cpu"
-    largest = size.to(backend_device)
+    largest = size.clone().to(backend_device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=exchange.group)
     rows, width = largest.tolist()
     if not rows:

@@ -141,6 +141,10 @@ class CheckpointStore:
                 return candidate
         return None
 
+    def newest(self) -> Path | None:
+        """Folder of the checkpoint that the pointer names, or of the newest; not verified, so quick to find."""
+        return next((c for c in self._candidates() if (c / STATE).is_file()), None)
+
     def load(self, folder: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and state of a checkpoint, by default of the latest.
 

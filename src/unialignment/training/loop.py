@@ -34,7 +34,7 @@ from unialignment.training.parallel import launched_processes
 from unialignment.training.runtime import StopRequest, autocast, compile_if_faster
 from unialignment.training.samples import move
 from unialignment.training.schedule import learning_rate_factor
-from unialignment.training.sharing import Micro, Share, blank, count_tokens, noise_seed
+from unialignment.training.sharing import Micro, Share, count_tokens, noise_seed
 from unialignment.training.summary import summarise
 from unialignment.training.throughput import Throughput, Window, combined, gemm_rate, step_flops
 from unialignment.training.validation import ValidatedRun
@@ -60,8 +60,6 @@ class Trainer(ValidatedRun):
         for _, replaced in micros:
             for task, count in replaced.items():
                 self.replaced[task] += count
-        if self.parallel.sharded and self.layout.groups > 1:
-            moved = self._in_step(moved)
         pairs = self._pair_gradients(moved, logs)
         for index, batches in enumerate(moved):
             self._seed_noise(index)
@@ -96,13 +94,6 @@ class Trainer(ValidatedRun):
 
     def _seed_noise(self, index: int) -> None:
         self.noise.manual_seed(noise_seed(self.config.run.seed, self._position(index)))
-
-    def _in_step(self, moved: list[list[Any]]) -> list[list[Any]]:
-        """As many batches for this process as for any other: shards are gathered by all, pass by pass."""
-        most = [int(value) for value in self.parallel.agree(*(len(batches) for batches in moved))]
-        return [
-            batches + [blank(batches[-1])] * (count - len(batches)) for batches, count in zip(moved, most, strict=True)
-        ]
 
     def _pair_gradients(self, moved: list[list[Any]], logs: dict[str, Tensor]) -> list[PairGradients] | None:
         """With ``loss.negatives=step``: the contrastive loss over all pairs of the step, and its gradients."""
@@ -227,8 +218,6 @@ class Trainer(ValidatedRun):
             return
         batches, _ = self.source()(1 << 41)
         batches = [self._move(batch) for batch in batches]
-        if self.parallel.sharded and self.layout.groups > 1:
-            (batches,) = self._in_step([batches])
         states = random_states()
 
         def step() -> None:
@@ -340,8 +329,6 @@ class Trainer(ValidatedRun):
     def _measure_flops(self, micros: Sequence[Micro]) -> tuple[float, float]:
         """Floating-point operations of a step, and what the machines' matrix products do in a second."""
         moved = [[self._move(batch) for batch in batches] for batches, _ in micros]
-        if self.parallel.sharded and self.layout.groups > 1:
-            moved = self._in_step(moved)
         noise = torch.Generator().manual_seed(0)
 
         def passes() -> None:

@@ -144,12 +144,12 @@ class Parallel:
             from torch.nn.parallel import DistributedDataParallel
 
             # A step need not use every parameter: which ones depends on the tasks and pairs of its rows.
-            self._module = DistributedDataParallel(objective, find_unused_parameters=True, broadcast_buffers=False)
+            self._module = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
         else:
-            self._shard(objective, run, layout)
+            self._shard(objective, run)
         return self._module
 
-    def _shard(self, objective: Any, run: RunSection, layout: Layout) -> None:
+    def _shard(self, objective: Any, run: RunSection) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -165,8 +165,6 @@ class Parallel:
         for block in objective.transformer.transformer_blocks:
             fully_shard(block, mesh=mesh, mp_policy=low, ignored_params=frozen)
         fully_shard(objective, mesh=mesh, ignored_params=frozen)
-        # Processes on different micro-batches use different parameters; all must still reduce the same ones.
-        objective.set_reduce_scatter_unused_params(layout.groups > 1)
         for method in ("within", "pair_features"):
             register_fsdp_forward_method(objective, method)
 

@@ -65,7 +65,9 @@ class Run:
         self.folder = config.run.folder
         self.device = self.parallel.device
         self.threads = set_threads(config.run.threads, self.parallel.local_processes)
-        self.layout = Layout(config.micro_batches, self.parallel.processes, self.parallel.rank)
+        self.layout = Layout(
+            config.micro_batches, self.parallel.processes, self.parallel.rank, in_step=self.parallel.sharded
+        )
         seed_everything(config.run.seed)
         tokenizer_folder = self.folder / "tokenizer"
         if self.parallel.processes > 1:

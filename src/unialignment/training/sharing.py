@@ -27,22 +27,25 @@ class Layout:
 
     With ``g = gcd(micro_batches, processes)``, the processes form ``g`` groups; each group takes ``micro_batches / g``
     whole micro-batches, and its ``processes / g`` members share the rows of each. A multiple of the number of
-    processes as ``micro_batches`` means that no sample is prepared twice.
+    processes as ``micro_batches`` means that no sample is prepared twice. Where all must go through the same passes
+    together (``in_step``: every pass gathers shards of the weights), there is one group.
 
     Attributes:
         micro_batches: Of one optimizer step, all processes together.
         processes: How many there are.
         rank: Which of them this is.
+        in_step: All share the rows of every micro-batch.
     """
 
     micro_batches: int
     processes: int = 1
     rank: int = 0
+    in_step: bool = False
 
     @property
     def groups(self) -> int:
         """Groups of processes; micro-batches are shared out among these."""
-        return math.gcd(self.micro_batches, self.processes)
+        return 1 if self.in_step else math.gcd(self.micro_batches, self.processes)
 
     @property
     def parts(self) -> int:
@@ -120,19 +123,6 @@ def take_share(batch: Batch, part: int, parts: int) -> Share:
     changes["weights"] = torch.where(valid, changes["weights"], 0.0)
     changes["pair_ids"] = torch.where(valid, changes["pair_ids"], -1)
     return Share(replace(batch, **changes), rows, valid, batch.tasks, parts)
-
-
-def blank(share: Share) -> Share:
-    """The same rows, of which none counts: a pass that only keeps in step with other processes."""
-    nothing = torch.zeros_like(share.valid)
-    batch = replace(
-        share.batch,
-        weights=torch.zeros_like(share.batch.weights),
-        pair_ids=torch.full_like(share.batch.pair_ids, -1),
-        image_teacher=None,
-        text_teacher=None,
-    )
-    return Share(batch, share.rows, nothing, (), share.parts)
 
 
 @dataclass(frozen=True)
