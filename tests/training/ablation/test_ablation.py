@@ -57,8 +57,8 @@ def write(tmp_path: Path):
 
 def record(config: AblationConfig, arm: str, seed: int, value: float) -> dict:
     run = next(run for run in plan(config) if (run.arm, run.seed) == (arm, seed))
-    reading = {"form": "condition", "pool": 3, "as_trained": {"clean": 1.0}, "blind": 0.33, "swapped_pass": 0.0,
-               "swapped_own": 1.0, "separate": 1.0}  # fmt: skip
+    reading = {"form": "condition", "pool": 3, "as_trained": {"clean": 1.0}, "blind": 0.33,
+               "swapped_pass": {"clean": 0.0}, "swapped_own": {"clean": 1.0}, "separate": 1.0}  # fmt: skip
     return {
         "arm": arm,
         "seed": seed,
@@ -113,6 +113,16 @@ def test_the_shipped_ablation_is_valid_and_its_keys_are_documented(repo_root: Pa
     keys = [key for key in known_keys(AblationConfig) if key not in ("kind", "compute", "measure")]
     keys += ["arms.<name>.title", "arms.<name>.baseline", "arms.<name>.train"]
     assert [key for key in keys if f"| `{key}` |" not in text] == []
+
+
+def test_the_leak_is_measured_on_forms_that_differ(repo_root: Path) -> None:
+    runs = {run.arm: run.config for run in plan(load_ablation(repo_root / "configs/leak.yaml", ["seeds=[0]"]))}
+    forms = {arm: (c.model.transformer.get("attention_mode", "prefix"), c.loss.cross_form) for arm, c in runs.items()}
+    assert forms == {
+        "conditions": ("prefix", "condition"),
+        "published": ("joint", "published"),
+        "prefix-published": ("prefix", "published"),
+    }
 
 
 def test_the_published_arm_is_as_published(repo_root: Path) -> None:

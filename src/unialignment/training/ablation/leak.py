@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 FORMS = ("condition", "published")
 LEVELS = (0.25, 0.5, 0.75, 0.95)
-"""Noise levels of the reading *as trained*."""
-SWAPPED_LEVEL = 0.5
+"""Noise levels of the readings *as trained* and *swapped*. All are kept: at one that training seldom drew, features
+match nothing, with or without a leak."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Leak:
         pool: Number of pairs.
         as_trained: By noise level of the picture; ``"clean"`` for the condition form, whose pictures never are noised.
         blind: With noise in the picture's place.
-        swapped_pass: Share of pictures, passed with another's caption, whose features lie nearest that caption.
-        swapped_own: Share of them whose features lie nearest their own caption.
+        swapped_pass: By noise level as well, the share of pictures, passed with another's caption, whose features lie
+            nearest that caption.
+        swapped_own: The share of them whose features lie nearest their own caption.
         separate: With each side embedded alone.
     """
 
@@ -53,8 +54,8 @@ class Leak:
     pool: int
     as_trained: dict[str, float]
     blind: float
-    swapped_pass: float
-    swapped_own: float
+    swapped_pass: dict[str, float]
+    swapped_own: dict[str, float]
     separate: float
 
     def to_json(self) -> dict[str, Any]:
@@ -104,14 +105,23 @@ def measure_leak(
         clean = _embed_pictures(pipe, latents, batch_size)
         # Sides are encoded apart: the caption that goes with a pass can't change the picture's features.
         to_pass, to_own = _nearest(clean, pipe.embed_text(swapped))
-        return Leak(form, len(captions), {"clean": recall(clean, texts)}, blind, to_pass, to_own, separate)
+        seen = {"clean": recall(clean, texts)}
+        return Leak(form, len(captions), seen, blind, {"clean": to_pass}, {"clean": to_own}, separate)
 
     def passed(texts: list[str], sigma: float) -> tuple[Tensor, Tensor]:
         return _streams(pipe, (1 - sigma) * latents + sigma * noise, texts, sigma, batch_size)
 
     as_trained = {f"{sigma:g}": recall(*passed(captions, sigma)) for sigma in LEVELS}
-    to_pass, to_own = _nearest(*passed(swapped, SWAPPED_LEVEL))
-    return Leak(form, len(captions), as_trained, recall(*passed(captions, 1.0)), to_pass, to_own, separate)
+    exchanged = {f"{sigma:g}": _nearest(*passed(swapped, sigma)) for sigma in LEVELS}
+    return Leak(
+        form,
+        len(captions),
+        as_trained,
+        recall(*passed(captions, 1.0)),
+        {level: found[0] for level, found in exchanged.items()},
+        {level: found[1] for level, found in exchanged.items()},
+        separate,
+    )
 
 
 def recall(images: Tensor, texts: Tensor) -> float:

@@ -218,16 +218,18 @@ def _leak_table(config: AblationConfig, records: list[dict[str, Any]]) -> str:
                 f"{np.mean([entry['as_trained'][middle] for entry in entries]):.2f}"
                 + ("" if middle == "clean" else f" (σ = {middle})")
             ]
+            cells.append(f"{np.mean([entry['blind'] for entry in entries]):.2f}")
             cells += [
-                f"{np.mean([entry[key] for entry in entries]):.2f}"
-                for key in ("blind", "swapped_pass", "swapped_own", "separate")
+                f"{np.mean([entry[key][middle] for entry in entries]):.2f}" for key in ("swapped_pass", "swapped_own")
             ]
+            cells.append(f"{np.mean([entry['separate'] for entry in entries]):.2f}")
             rows.append((arm, entries[0]["form"], split.replace("_", " "), str(len(own)), *cells))
     words = (
         f"Recall at 1 among {pool} pairs (chance {1 / pool:.2f}), means over seeds. *As trained*: features computed as "
         "the loss computes them. *Blind*: pure noise in the picture's place, so that anything above chance is the text "
         "itself. *Swapped*: passed with another picture's caption; share of pictures nearest the caption of the pass, "
-        "and nearest their own. *Separate*: each side embedded alone, as a dual encoder is used."
+        "and nearest their own; at the same noise level as *as trained*, others in "
+        "`records.jsonl`. *Separate*: each side embedded alone, as a dual encoder is used."
     )
     head = ("arm", "form", "scenes", "n", "as trained", "blind", "swapped: pass's", "swapped: own", "separate")
     return f"{words}\n\n{table(head, rows)}"
