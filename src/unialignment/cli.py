@@ -101,6 +101,12 @@ COMMANDS: dict[str, Command] = {
         "unialign cache examples/data/train.yaml --out runs/own-data/features",
         "configure",
     ),
+    "runs": Command(
+        "list, compare and plot training runs",
+        "runs:runs",
+        "unialign runs runs --compare --plot out/runs.html",
+        "configure_runs",
+    ),
     "merge": Command(
         "write a model with a LoRA added to its weights",
         "weights:merge",
