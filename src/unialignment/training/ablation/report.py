@@ -129,7 +129,7 @@ def markdown(config: AblationConfig, records: list[dict[str, Any]], summary: dic
     parts = [
         f"# {config.name}",
         f"{len(records)} of {planned} runs finished; every run had {spent}. Written by `unialign ablate`; "
-        "method and reading: [ablation.md](../ablation.md).",
+        "method and reading: docs/ablation.md.",
         "![curves and final differences](figure.png)",
         "## Arms",
         table(
