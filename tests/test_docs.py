@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from unialignment.cli import COMMANDS, main
+from unialignment.training.ablation.config import AblationConfig
 from unialignment.training.config import AutoencoderConfig, TransformerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +146,8 @@ def config_keys(model: type, prefix: str = "") -> list[str]:
 def test_the_reference_is_complete() -> None:
     text = (ROOT / "docs/reference.md").read_text()
     missing = [name for name in COMMANDS if f"| `{name}` |" not in text]
-    keys = {*config_keys(TransformerConfig), *config_keys(AutoencoderConfig)} - {"kind"}
+    kinds = (TransformerConfig, AutoencoderConfig, AblationConfig)
+    keys = {key for kind in kinds for key in config_keys(kind)} - {"kind"}
     missing += [key for key in keys if f"| `{key}` |" not in text]
     assert not missing
     documented = set(re.findall(r"^\| `([a-z_.]+)` \|", text, re.MULTILINE))
