@@ -16,7 +16,7 @@ the model's own size with one source picture, and for one text. Knows nothing of
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -92,6 +92,7 @@ def choose(
     dtype: torch.dtype | None = None,
     quantize: Mapping[str, str] | None = None,
     drop_text_encoder: bool = False,
+    predict: Callable[..., InferenceMemory] | None = None,
 ) -> MemoryChoice:
     """Choose switches for a model folder.
 
@@ -102,6 +103,7 @@ def choose(
         dtype: If it is fixed.
         quantize: Component → ``"8bit"`` or ``"4bit"``, if that was asked for.
         drop_text_encoder: Whether that was asked for; offloading is then out of the question.
+        predict: In place of :func:`~unialignment.planning.folder_memory`.
 
     Raises:
         InputError: Nothing makes it fit; the message says what would be needed.
@@ -110,18 +112,18 @@ def choose(
     from unialignment.planning.components import has_text_encoder
     from unialignment.planning.inference import folder_memory
 
-    def predict(kind: torch.dtype, tiling: bool, bits: Mapping[str, str] | None = quantize) -> InferenceMemory:
-        return folder_memory(folder, kind, quantize=bits, tiling=tiling)
+    def needs(kind: torch.dtype, tiling: bool, bits: Mapping[str, str] | None = quantize) -> InferenceMemory:
+        return (predict or folder_memory)(folder, kind, quantize=bits or None, tiling=tiling)
 
     large = has_text_encoder(folder)
     least: list[int] = []
     dtypes = [torch.float32, torch.bfloat16] if dtype is None else [dtype]
     for kind in dtypes:
-        memory = predict(kind, False)
+        memory = needs(kind, False)
         if memory.peak <= budget:
             return _fill(MemoryChoice(budget, memory.peak, kind), memory)
         least.append(memory.peak)
-    memory = predict(kind, True)
+    memory = needs(kind, True)
     if memory.peak <= budget:
         return _fill(MemoryChoice(budget, memory.peak, kind, tiling=True), memory)
     least.append(memory.peak)
@@ -138,7 +140,7 @@ def choose(
     if dtype not in (None, torch.bfloat16):
         advice += ", leave the dtype open"
     if not quantize:
-        small = predict(kind, True, _all_quantized(large))
+        small = needs(kind, True, _all_quantized(large))
         needed = min(small.peak, small.offloaded if device.type != "cpu" else small.peak)
         if needed < min(least):
             advice += f", or use quantize='4bit' (about {format_size(needed)})"

@@ -129,6 +129,7 @@ def sequential_offload(components: Mapping[str, nn.Module], device: torch.device
 
         def detach() -> None:
             remove_hook_from_module(module, recurse=True)
+            _tidy(module)
             for name, parameter in module.named_parameters():
                 parameter.requires_grad_(before.get(name, False))
 
@@ -141,6 +142,7 @@ def sequential_offload(components: Mapping[str, nn.Module], device: torch.device
         if name != "transformer":
             attach(module)
             continue
+        offload._undo.append(lambda module=module: nn.Module.to(module, "cpu"))
         blocks = list(module.transformer_blocks)
         for block in blocks:
             # Blocks read weights of their layers outright, so a block comes and goes as a whole.
@@ -150,7 +152,6 @@ def sequential_offload(components: Mapping[str, nn.Module], device: torch.device
             part.to(device)
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(device)
-        offload._undo.append(lambda module=module: nn.Module.to(module, "cpu"))
         _without_blocks_ahead(offload, module)
     return offload
 
@@ -186,6 +187,7 @@ def group_offload(
         registry = HookRegistry.check_if_exists_or_initialize(module)
         for hook in (_GROUP, *_PREFETCH):
             registry.remove_hook(hook, recurse=True)
+        _tidy(module)
         nn.Module.to(module, "cpu")
 
     for name in ORDER:
@@ -213,6 +215,14 @@ def group_offload(
         if name == "transformer":
             _without_blocks_ahead(offload, module)
     return offload
+
+
+def _tidy(module: nn.Module) -> None:
+    """Hooks that are removed leave plain ``forward`` methods behind, bound to one object, which a copy would share."""
+    for part in module.modules():
+        left = vars(part).get("forward")
+        if getattr(left, "__self__", None) is part:
+            del part.forward
 
 
 def _fetch(module: nn.Module) -> None:

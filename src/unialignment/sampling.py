@@ -183,6 +183,13 @@ def _prepare(
     for request in requests:
         pipe.check_length(request.text)
         pipe.check_length(request.negative)
+    if options["batch_size"] is None:
+        options["batch_size"] = pipe.batch_limit
+    if task.target == "image":
+        texts = [text for request in requests for text in (request.text, request.negative)]
+        if (options["best_of"] or 1) > 1:
+            texts += ["", *_compared(task, requests, options["best_of_text"])]
+        pipe.encode_ahead(texts)
     return options, requests
 
 

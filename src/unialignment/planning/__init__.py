@@ -9,7 +9,7 @@ context; leave some room. Attention is counted as computed by fused kernels.
 from __future__ import annotations
 
 from unialignment.planning.fitting import Plan, plan
-from unialignment.planning.inference import InferenceMemory, inference_memory
+from unialignment.planning.inference import InferenceMemory, folder_memory, inference_memory
 from unialignment.planning.training import TrainingMemory, training_memory
 
-__all__ = ["InferenceMemory", "Plan", "TrainingMemory", "inference_memory", "plan", "training_memory"]
+__all__ = ["InferenceMemory", "Plan", "TrainingMemory", "folder_memory", "inference_memory", "plan", "training_memory"]

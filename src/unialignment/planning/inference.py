@@ -174,7 +174,7 @@ def _stages(
         return output.text_logits.float().softmax(-1)
 
     stages: dict[str, tuple[str, Any]] = {
-        "text": ("text_embedder", lambda: embed(parts, 2, length)),
+        "text": ("text_embedder", lambda: embed(parts, 1, length)),
         "encode": ("autoencoder", lambda: parts.autoencoder.encode(torch.empty(1, 3, pixels, pixels))),
         "denoise": ("transformer", denoise),
         "decode": ("autoencoder", lambda: parts.autoencoder.decode(torch.empty(1, *latents.shape[1:]))),
