@@ -142,7 +142,7 @@ def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path: Path) -> None
     for loss, *gradients in result.values():
         assert float(loss) == pytest.approx(expected_loss, rel=1e-6)
         for gradient, wanted in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)  # sums in float32, in another order
 
 
 if __name__ == "__main__":  # one of the two processes

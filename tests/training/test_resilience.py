@@ -1,5 +1,6 @@
-"""Runs that are killed, also in the midst of a save, that meet a full disk, or lose a process: nothing that was saved is
-lost, and what is resumed becomes what it would have been.
+"""Runs that are killed, also in the midst of a save, that meet a full disk, or lose a process.
+
+Nothing that was saved is lost, and what is resumed becomes what it would have been.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ import traceback
 from pathlib import Path
 
 from rich.console import Console
+from torch.distributed.checkpoint import FileSystemWriter
 
 from unialignment.errors import UniAlignmentError
-from unialignment.training import checkpoint, sharded
+from unialignment.training import checkpoint
 from unialignment.training.config import load_config
 from unialignment.training.logging import read_metrics
 from unialignment.training.loop import Trainer
@@ -87,19 +88,23 @@ def disturb(trainer: Trainer, rank: int, step: int, how: str) -> None:
     if trainer.parallel.rank != rank:
         return
     if how in ("save", "full"):
-        module, name = (sharded, "write_shards") if trainer.parallel.sharded else (checkpoint, "save_file")
-        write = getattr(module, name)
+        sharded = trainer.parallel.sharded
+        owner, name = (FileSystemWriter, "write_data") if sharded else (checkpoint, "save_file")
+        write = getattr(owner, name)
 
-        def half(tensors, path, *rest):
-            if trainer.progress.step == step:
-                if how == "full":
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                if module is checkpoint:
-                    write(dict(list(tensors.items())[: len(tensors) // 2]), path)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return write(tensors, path, *rest)
+        def interrupted(*given):
+            if trainer.progress.step != step:
+                return write(*given)
+            if how == "full":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if sharded:
+                write(*given)  # its shard is there, the index is not
+            else:
+                tensors, path = given
+                write(dict(list(tensors.items())[: len(tensors) // 2]), path)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        setattr(module, name, half)
+        setattr(owner, name, interrupted)
         return
     real = trainer.step
 

@@ -43,6 +43,8 @@ def save_sharded(
     Raises:
         StorageError: one of them could not write; earlier checkpoints are intact and still the latest. Raised in all.
     """
+    from torch.distributed.checkpoint import CheckpointException
+
     final = store.place(step)
     with contextlib.ExitStack() as stack:
         opened, trouble = "", ""
@@ -67,7 +69,7 @@ def save_sharded(
                 }
             except StorageError as error:
                 trouble = str(error)
-            except Exception as error:  # CheckpointException holds what each process met, and has no common base
+            except (Exception, CheckpointException) as error:  # the latter, no Exception, holds what each process met
                 trouble = str(storage_error(partial / SHARDS, _cause(error)))
         everyone = parallel.gather((manifest, trouble))
         troubles = [each for _, each in everyone if each]
@@ -115,6 +117,7 @@ def load_tensors(folder: Path, like: Like, parallel: Parallel) -> dict[str, Tens
             result[name] = value if model is None else place_like(value, model)
         return result
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import CheckpointException
 
     reader = dcp.FileSystemReader(folder / SHARDS)
     wanted: dict[str, Tensor] = {}
@@ -132,6 +135,6 @@ def load_tensors(folder: Path, like: Like, parallel: Parallel) -> dict[str, Tens
             process_group=parallel.control,
             **({"no_dist": True} if parallel.kind == "none" else {}),
         )
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(f"cannot read the shards in {folder}: {error}") from error
     return wanted
