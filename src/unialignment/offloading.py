@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def model_offload(components: Mapping[str, nn.Module], device: torch.device) -> 
         _open(offload, name, module)
         hook = OneAtATime(device)
         add_hook_to_module(module, hook)
-        hooks.append(UserCpuOffloadHook(module, hook))
-        offload._undo.append(lambda module=module: remove_hook_from_module(module))
+        hooks.append(UserCpuOffloadHook(module, hook))  # type: ignore[misc]
+        offload._undo.append(partial(remove_hook_from_module, module))
 
     def rest() -> None:
         for hook in hooks:
@@ -136,13 +137,13 @@ def sequential_offload(components: Mapping[str, nn.Module], device: torch.device
         offload._undo.append(detach)
 
     for name in ORDER:
-        module = components[name]
+        module: Any = components[name]
         nn.Module.to(module, "cpu")
         _open(offload, name, module)
         if name != "transformer":
             attach(module)
-            continue
-        offload._undo.append(lambda module=module: nn.Module.to(module, "cpu"))
+            continue  # type: ignore[misc]
+        offload._undo.append(partial(nn.Module.to, module, "cpu"))  # type: ignore[arg-type]
         blocks = list(module.transformer_blocks)
         for block in blocks:
             # Blocks read weights of their layers outright, so a block comes and goes as a whole.
@@ -210,8 +211,8 @@ def group_offload(
             num_blocks_per_group=num_blocks_per_group if kind == "block_level" else None,
             use_stream=use_stream,
             offload_to_disk_path=path,
-        )
-        offload._undo.append(lambda module=module, path=path: detach(module, path))
+        )  # type: ignore[misc]
+        offload._undo.append(partial(detach, module, path))
         if name == "transformer":
             _without_blocks_ahead(offload, module)
     return offload

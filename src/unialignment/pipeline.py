@@ -350,7 +350,9 @@ class UniAlignmentPipeline(Placement):
         self.encode_ahead([""])
         side = self.default_size
         pictures = [fit_image(load_image(one, allow_urls=self.allow_urls), side, side) for one in given]  # type: ignore[arg-type]
-        return torch.cat([self.embed_latents(self.encode_images(chunk)) for chunk in chunks(pictures, batch_size)])
+        vectors = [self.embed_latents(self.encode_images(chunk)) for chunk in chunks(pictures, batch_size)]
+        self._rest()
+        return torch.cat(vectors)
 
     @torch.no_grad()
     def embed_text(self, text: Prompts, *, batch_size: int = 64) -> Tensor:
@@ -370,7 +372,7 @@ class UniAlignmentPipeline(Placement):
         for chunk in chunks(requests, batch_size):
             condition = self.condition([request.text for request in chunk], ())
             if self.transformer.config.attention_mode == "prefix":
-                output = self.transformer.prefill(
+                output: Any = self.transformer.prefill(
                     text_embeds=condition.text, text_mask=condition.mask, features=True
                 ).output
             else:
@@ -378,9 +380,10 @@ class UniAlignmentPipeline(Placement):
                     text_embeds=condition.text,
                     text_mask=condition.mask,
                     timestep=torch.zeros(len(chunk), device=self.device),
-                    target="text",
+                    target="text",  # type: ignore[arg-type]
                 )
             vectors.append(self.transformer.embed(output.text_features, "text", condition.mask).float().cpu())
+        self._rest()
         return torch.cat(vectors)
 
     def embed_latents(self, latents: Tensor) -> Tensor:
@@ -389,9 +392,9 @@ class UniAlignmentPipeline(Placement):
         latents = latents.to(self.dtype)
         if self.transformer.config.attention_mode == "prefix":
             condition = self.condition([""] * latents.shape[0], (latents,))
-            output = self.transformer.prefill(
+            output: Any = self.transformer.prefill(
                 text_embeds=condition.text, text_mask=condition.mask, images=condition.images, features=True
-            ).output
+            ).output  # type: ignore[arg-type]
         else:
             output = self.transformer(latents=latents, timestep=torch.zeros(latents.shape[0], device=self.device))
         return self.transformer.embed(output.image_features, "image").float().cpu()

@@ -163,14 +163,14 @@ def _stages(
 
     def write() -> Any:
         # Positions by their indices: how many there are of a mask can't be known without its values.
-        rows = (torch.zeros_like(open_), open_)
+        rows: Any = (torch.zeros_like(open_), open_)
         if joint:
             output = parts.transformer(
                 text_embeds=words, latents=latents[:1], timestep=time[:1], target="text", logit_positions=rows
             )
         else:
             cache = parts.transformer.prefill(text_embeds=text[:1], text_mask=mask[:1], images=[latents[:1]])
-            output = parts.transformer.denoise(cache, text_embeds=words, timestep=time[:1], logit_positions=rows)
+            output = parts.transformer.denoise(cache, text_embeds=words, timestep=time[:1], logit_positions=rows)  # type: ignore[arg-type]
         return output.text_logits.float().softmax(-1)
 
     stages: dict[str, tuple[str, Any]] = {

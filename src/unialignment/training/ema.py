@@ -1,7 +1,7 @@
 """Exponential moving average of a model's weights. Knows nothing of training loops or files.
 
-Sharded weights have sharded averages. The decay is warmed up (``(1 + n) / (10 + n)`` until it reaches the set value), so that the average of a short run
-is not its initialisation. Buffers are copied, not averaged.
+Sharded weights have sharded averages. The decay is warmed up (``(1 + n) / (10 + n)`` until it reaches the set value),
+so that the average of a short run is not its initialisation. Buffers are copied, not averaged.
 """
 
 from __future__ import annotations

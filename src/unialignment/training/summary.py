@@ -94,7 +94,9 @@ def summarise(
         troubles.append(f"{skipped} steps were skipped because the loss or gradient was not finite.")
     if replaced:
         listed = ", ".join(f"{count} {task}" for task, count in sorted(replaced.items()))
-        troubles.append(f"Samples replaced because a text did not fit the tokens it may have, or a row could not be used: {listed}.")
+        troubles.append(
+            f"Samples replaced because a text did not fit the tokens it may have, or a row could not be used: {listed}."
+        )
     lines += ["## Irregularities", "", " ".join(troubles) or "None.", ""]
     return "\n".join(lines)
 
