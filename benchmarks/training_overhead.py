@@ -24,13 +24,16 @@ from rich.console import Console
 from unialignment.training.config import load_config
 from unialignment.training.data import Prefetcher
 from unialignment.training.loop import Trainer
+from unialignment.training.runtime import autocast
 from unialignment.training.sharing import count_tokens
 from unialignment.training.throughput import Window
 
 
 def bare_step(trainer: Trainer, batches: list[Any], optimizer: torch.optim.Optimizer) -> None:
     """Forward, backward, clipping, step."""
-    trainer.objective(batches, trainer.noise).loss.backward()
+    with autocast(trainer.device, trainer.config.run.precision):
+        loss = trainer.objective(batches, trainer.noise).loss
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(trainer.parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
