@@ -157,16 +157,41 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
     return _download(text, revision, known)
 
 
-def _download(hub_id: str, revision: str | None, known: str) -> Path:
+def fetch_snapshot(name: str | Path, subfolder: str | None = None, revision: str | None = None, **options: Any) -> Path:
+    """Download a repository of the hub, or one folder of it: safetensors, configs and tokenizers only.
+
+    Args:
+        name: Hub id, ``"owner/name"``.
+        subfolder: Only this folder of it.
+        revision: Branch, tag or commit.
+        options: ``huggingface_hub.snapshot_download``'s (``cache_dir``, ``token``, ``local_files_only``, …).
+
+    Returns:
+        The snapshot's folder (not the subfolder).
+
+    Raises:
+        CheckpointError: It is no hub id, or can't be downloaded.
+    """
+    text = str(name)
+    if isinstance(name, Path) or not _HUB_ID.match(text):
+        raise CheckpointError(f"no folder {text!r}, and it is no hub id (owner/name) either; check the path")
+    return _download(text, revision, "or a packaged model's name", subfolder, **options)
+
+
+_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.md", "mask_token_emb*.pth")
+
+
+def _download(hub_id: str, revision: str | None, known: str, subfolder: str | None = None, **options: Any) -> Path:
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub
 
         return Path(
-            snapshot_download(
+            huggingface_hub.snapshot_download(
                 hub_id,
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "mask_token_emb*.pth"],
+                allow_patterns=[f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _PATTERNS],
                 ignore_patterns=["*.fp16*"],  # a second copy of the same weights
+                **options,
             )
         )
     except Exception as error:  # the hub client raises its own, requests' or httpx' errors, by version

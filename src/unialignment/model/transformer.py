@@ -24,6 +24,7 @@ from unialignment.model.embeddings import PatchEmbed, TimeEmbedding, unpatchify
 
 Target = Literal["image", "text", "both"]
 ATTENTION_MODES = ("joint", "prefix")
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
@@ -150,21 +151,24 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
         """Loads a folder of ours or of the published checkpoint (``SD3JointModelFlexible``: the same names).
 
         Args:
-            pretrained_model_name_or_path: Folder or hub id.
+            pretrained_model_name_or_path: Folder, or hub id (``"owner/name"``), which is downloaded first and then
+                checked just like a folder.
             **kwargs: diffusers' (``subfolder``, ``torch_dtype``, ``device_map``, …).
 
         Raises:
-            CheckpointError: the folder is incomplete, damaged or of another architecture.
-            OSError: nothing there to load.
+            CheckpointError: there is nothing to load, or it is incomplete, damaged or of another architecture.
         """
+        from unialignment.model.folders import fetch_snapshot
         from unialignment.model.published import check_transformer  # it builds transformers itself
 
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if folder.is_dir():
-            # diffusers would fill in what is missing at random, and take defaults from the wrong class.
-            kwargs = {**check_transformer(folder), **kwargs}
+        root = Path(pretrained_model_name_or_path)
+        if not root.is_dir():
+            hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
+            root = fetch_snapshot(pretrained_model_name_or_path, kwargs.get("subfolder"), **hub)
+        # diffusers would fill in what is missing at random, and take defaults from the wrong class.
+        kwargs = {**check_transformer(root / (kwargs.get("subfolder") or "")), **kwargs}
         kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        return super().from_pretrained(str(root), **kwargs)
 
     # ------------------------------------------------------------------ public passes
 

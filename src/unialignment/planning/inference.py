@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unialignment.memory import MemoryTracker, size_of, tensors_of
+from unialignment.model.cache import ConditionCache
 from unialignment.model.quantization import KEPT, kept_weight
 from unialignment.planning.components import (
     Components,
@@ -158,8 +159,14 @@ def _stages(
                 sources=[latents[:1]],
                 timestep=time[:1],
             )
-        cache = parts.transformer.prefill(text_embeds=text, text_mask=mask, images=[latents])
-        return parts.transformer.denoise(cache, latents=latents, timestep=time)
+        # Each branch's conditions, then all in one batch with room for the target, as the denoiser does.
+        caches = [
+            (parts.transformer.prefill(text_embeds=text[:1], text_mask=mask[:1], images=[latents[:1]]), None)
+            for _ in range(2)
+        ]
+        cache = ConditionCache.assemble(list(caches), (parts.side // parts.transformer.config.patch_size) ** 2)
+        del caches
+        return parts.transformer.denoise(cache, latents=latents, timestep=time[:1])
 
     def write() -> Any:
         # Positions by their indices: how many there are of a mask can't be known without its values.
