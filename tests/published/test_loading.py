@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import unialignment
 from unialignment.errors import CheckpointError, InputError
 from unialignment.model.published import load_mask_embedding, load_published, load_t5_tokenizer, scheduler_shift
+from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.pipeline import UniAlignmentPipeline
 
 WEIGHTS = {
@@ -407,3 +408,89 @@ def test_forms_of_the_mask_embedding(folder: Path) -> None:
 def test_another_kind_of_scheduler(folder: Path) -> None:
     DDIMScheduler().save_pretrained(folder / "scheduler")
     refused(folder, "DDIMScheduler")
+
+
+# --------------------------------------------------------------------------------------------------- other ways to load
+
+
+@pytest.mark.parametrize("options", [{"drop_text_encoder": True}, {"max_memory": "8GiB"}, {"quantize": "8bit"}])
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
+def test_truncation_is_found_at_once_in_every_way_of_loading(
+    folder: Path, component: str, options: dict[str, object]
+) -> None:
+    """Also where the transformer's weights aren't read before they are needed."""
+    if "quantize" in options:
+        pytest.importorskip("optimum.quanto")
+    path = folder / component / WEIGHTS[component]
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(CheckpointError, match="truncated"):
+        unialignment.load(folder, device="cpu", **options)
+
+
+def test_our_layout_with_t5_is_as_strict(pipe: UniAlignmentPipeline, tmp_path: Path) -> None:
+    """Without checksums, as after somebody's own conversion."""
+    pipe.save_pretrained(tmp_path / "ours")
+    for damage, message in (
+        (lambda at: os.truncate(at / "model.safetensors", 5000), "truncated"),
+        (lambda at: (at / "mask_embedding.safetensors").unlink(), "mask_embedding"),
+        (lambda at: _drop_tensor(at / "model.safetensors"), "1 missing"),
+        (lambda at: _set(at / "config.json", d_model=64), "weights|wide"),
+        (lambda at: save_file({"mask_embedding": torch.zeros(48)}, at / "mask_embedding.safetensors"), "its token"),
+    ):
+        copy = Path(shutil.copytree(tmp_path / "ours", tmp_path / "copy"))
+        (copy / "checksums.json").unlink()
+        damage(copy / "text_embedder")
+        with pytest.raises(CheckpointError, match=message):
+            unialignment.load(copy, device="cpu")
+        shutil.rmtree(copy)
+
+
+def _drop_tensor(path: Path) -> None:
+    state = load_file(path)
+    state.pop(sorted(state)[0])
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def _set(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+# ------------------------------------------------------------------------------------------------------------- hub ids
+
+
+@pytest.fixture
+def hub(published_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """A hub with one repository, ``owner/tiny``; what was asked of it."""
+    asked: list[dict[str, object]] = []
+
+    def snapshot(repo_id: str, **options: object) -> str:
+        asked.append({"repo_id": repo_id, **options})
+        if repo_id != "owner/tiny":
+            raise OSError("404: no such repository")
+        return str(tmp_path / "snapshot")
+
+    shutil.copytree(published_folder, tmp_path / "snapshot")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return asked
+
+
+def test_hub_ids_are_checked_like_folders(hub: list[dict[str, object]], published_folder: Path, tmp_path: Path) -> None:
+    expected = UniAlignmentTransformer.from_pretrained(published_folder, subfolder="transformer").state_dict()
+    model = UniAlignmentTransformer.from_pretrained("owner/tiny", subfolder="transformer", revision="v1", token="t")
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert (hub[0]["repo_id"], hub[0]["revision"], hub[0]["token"]) == ("owner/tiny", "v1", "t")
+    assert all(str(pattern).startswith("transformer/") for pattern in hub[0]["allow_patterns"])  # type: ignore[attr-defined]
+    assert len(unialignment.load("owner/tiny", device="cpu").tasks.names) == 8
+    folder = tmp_path / "snapshot" / "transformer"
+    _drop_tensor(folder / WEIGHTS["transformer"])
+    with pytest.raises(CheckpointError, match="1 missing"):
+        UniAlignmentTransformer.from_pretrained("owner/tiny", subfolder="transformer")
+    _set(folder / "config.json", _class_name="FluxTransformer2DModel")
+    with pytest.raises(CheckpointError, match="FluxTransformer2DModel"):
+        UniAlignmentTransformer.from_pretrained("owner/tiny", subfolder="transformer")
+    with pytest.raises(CheckpointError, match="404"):
+        UniAlignmentTransformer.from_pretrained("owner/other")
+    for nothing in ("no such folder", tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match="no folder"):
+            UniAlignmentTransformer.from_pretrained(nothing)
+    assert [entry["repo_id"] for entry in hub[-1:]] == ["owner/other"]

@@ -114,3 +114,63 @@ def test_a_run_starts_from_the_published_folder(
     for name in ("transformer_blocks.2.ff_context.net.2.weight", "image_proj_out.weight", "text_proj_out.weight"):
         assert not torch.equal(pipe.transformer.state_dict()[name], start.transformer.state_dict()[name]), name
     assert len(pipe.generate("a red dog", seed=0, num_inference_steps=1).images) == 1
+
+
+def test_what_the_model_sees_in_a_step(
+    published_folder: Path, repo_root: Path, tmp_path: Path, pack: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way from samples through objective to the transformer, in both kinds of training."""
+    from rich.console import Console
+
+    from unialignment.model.text import T5TextEmbedder
+    from unialignment.model.transformer import UniAlignmentTransformer
+    from unialignment.training.config import load_config
+    from unialignment.training.loop import Trainer
+
+    seen: list[dict[str, object]] = []
+    embedded: list[torch.Tensor] = []
+    forward, embed = UniAlignmentTransformer.forward, T5TextEmbedder.embed
+
+    def watched(self: UniAlignmentTransformer, **given: object) -> object:
+        seen.append(given)
+        return forward(self, **given)
+
+    def read(self: T5TextEmbedder, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        embedded.append(ids)
+        return embed(self, ids, mask)
+
+    monkeypatch.setattr(UniAlignmentTransformer, "forward", watched)
+    monkeypatch.setattr(T5TextEmbedder, "embed", read)
+    config = load_config(
+        repo_root / "configs" / "tiny.yaml",
+        [
+            *(f"run.dir={tmp_path / 'run'}", "run.max_steps=1", "data.workers=0", f"model.initial={published_folder}"),
+            *("text.max_length=256", "loss.cross=0", "logging.tensorboard=false", "logging.samples=false"),
+            *("lora.rank=2", "prompt_dropout=0", "loss.intrinsic=0"),
+            "mixture={generate: 2, edit: 1, answer: 3, caption: 0, compose: 0, perceive: 0, control: 0, infill: 0}",
+        ],
+    )
+    trainer = Trainer(config, Console(quiet=True))
+    batches, _ = micro = trainer.source()(0)
+    trainer.step([micro])
+    pictures = [given for given in seen if given.get("target", "image") == "image"]
+    texts = [given for given in seen if given.get("target") == "text"]
+    assert pictures and texts
+    for given in pictures:
+        prompts, mask = given["text_embeds"], given.get("text_mask")
+        assert isinstance(prompts, torch.Tensor) and prompts.shape[1] == 256
+        assert mask is None or bool(mask.all())  # the padding is seen
+    (answer,) = [batch for batch in batches if batch.target == "text"]
+    assert answer.question_lengths is not None and answer.target_ids is not None and answer.maskable is not None
+    (ids,) = [ids for ids in embedded if ids.shape == answer.target_ids.shape]
+    tokenizer = load_model_tokenizer(published_folder)
+    open_ = ids == tokenizer.mask_token_id
+    assert bool(open_.any()) and not bool((open_ & ~answer.maskable).any())
+    for row, length in enumerate(answer.question_lengths.tolist()):
+        assert length > 0 and torch.equal(ids[row, :length], answer.target_ids[row, :length])
+    for given in texts:
+        condition = given.get("condition_text_embeds")
+        assert condition is None or condition.shape[1] == 0  # the question isn't said twice
+        assert given["text_embeds"].shape[1] == ids.shape[1]
+        positions = given["logit_positions"]
+        assert positions is None or isinstance(positions, (torch.Tensor, tuple))
