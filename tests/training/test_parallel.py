@@ -37,6 +37,9 @@ ROWS = ["run.max_steps=3"]
 WHOLE = ["run.max_steps=3", "micro_batches=2", "loss.negatives=step"]
 """Two micro-batches a step: copies take one each, shards share the rows of both; pairs meet through GradCache."""
 
+LOOKED_AT = [*WHOLE, "logging.samples=true", "logging.validation_steps=2"]
+"""The same, with samples drawn in its midst, which must change nothing."""
+
 
 @pytest.fixture(scope="module")
 def two(workers: ModuleType, tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
@@ -44,7 +47,7 @@ def two(workers: ModuleType, tmp_path_factory: pytest.TempPathFactory, tokenizer
     folder = tmp_path_factory.mktemp("two")
     plans = [
         workers.plan(folder / f"{kind}-{name}", tokenizer_folder, *options, f"run.parallel={kind}")
-        for kind, name, options in (("ddp", "rows", ROWS), ("ddp", "whole", WHOLE), ("fsdp", "whole", WHOLE))
+        for kind, name, options in (("ddp", "rows", ROWS), ("ddp", "whole", WHOLE), ("fsdp", "whole", LOOKED_AT))
     ]
     codes, said = workers.launch(folder, plans)
     assert codes == [[0] * len(plans)] * 2, said

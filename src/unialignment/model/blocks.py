@@ -311,7 +311,8 @@ class JointBlock(nn.Module):
         """Layer norm, then modulation; in the type that the next matrix product wants."""
         if scale.shape[0] == 1:
             # The same for the whole batch (conditions, at time zero): the norm's own weight and bias, in one kernel.
-            x = F.layer_norm(x, (self.dim,), 1 + scale.flatten(), shift.flatten(), eps=1e-6)
+            # Sharded weights may travel in a smaller type than the tokens have.
+            x = F.layer_norm(x, (self.dim,), (1 + scale.flatten()).to(x), shift.flatten().to(x), eps=1e-6)
         else:
             x = modulate(F.layer_norm(x, (self.dim,), eps=1e-6), shift, scale)
         device = x.device.type

@@ -195,6 +195,23 @@ class Parallel:
         else:
             yield
 
+    @contextlib.contextmanager
+    def gathered(self, objective: Any) -> Iterator[None]:
+        """Within the block, and a pass of the objective, every process has the whole blocks; for looking, not training.
+
+        Sampling asks blocks for parts of their work, outside the passes for which shards are gathered.
+        """
+        blocks = list(objective.transformer.transformer_blocks) if self.sharded else []
+        for block in blocks:
+            block.set_reshard_after_forward(False)
+            block.unshard()
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.set_reshard_after_forward(True)
+                block.reshard()
+
     def gradient_norm(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Clip gradients to a norm of ``limit``; returns the norm before, the same in every process."""
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)

@@ -38,14 +38,16 @@ class ValidatedRun(Run):
         scores: dict[str, float] = {}
         exported = bool(self.parallel.agree(float(log is not None))[0])
         # Shapes here differ from training's: compiling them would cost minutes for a few passes.
-        # Frozen weights in bfloat16 beside float32 inputs need autocast here too.
-        low = self.config.lora.rank and self.config.lora.base_precision == "bf16"
+        # Weights that are in bfloat16, or are gathered in it, beside float32 inputs need autocast here too.
+        low = (self.config.lora.rank and self.config.lora.base_precision == "bf16") or (
+            self.parallel.sharded and self.config.run.precision == "bf16"
+        )
         precision = autocast(self.device, "bf16" if low else "fp32")
         exchange, self.objective.exchange = self.objective.exchange, Exchange()  # everything is here
         try:
             with self.ema.applied(), torch.compiler.set_stance("force_eager"), precision:
                 if self.parallel.is_main or self.parallel.sharded:
-                    scores = self.objective.within(lambda: self._scores(log, exported))
+                    scores = self.objective.within(lambda: self._gathered_scores(log, exported))
                 if exported:
                     self.export()
         finally:
@@ -57,6 +59,10 @@ class ValidatedRun(Run):
         if log is not None:
             log.scalars(self.progress.step, scores, "validation/")
         return scores
+
+    def _gathered_scores(self, log: RunLog | None, draw_samples: bool) -> dict[str, float]:
+        with self.parallel.gathered(self.objective):
+            return self._scores(log, draw_samples)
 
     def _scores(self, log: RunLog | None, draw_samples: bool) -> dict[str, float]:
         scores: dict[str, float] = {}
