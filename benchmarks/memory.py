@@ -31,9 +31,9 @@ from unialignment.model.streaming import format_size
 from unialignment.model.transformer import UniAlignmentTransformer
 
 SIZES: dict[str, dict[str, int]] = {
-    "3M": {"num_layers": 4, "num_attention_heads": 3},
-    "30M": {"num_layers": 8, "num_attention_heads": 6},
-    "300M": {"num_layers": 16, "num_attention_heads": 14},
+    "10M": {"num_layers": 4, "num_attention_heads": 3},
+    "30M": {"num_layers": 5, "num_attention_heads": 5},
+    "300M": {"num_layers": 13, "num_attention_heads": 12},
 }
 VOCABULARY, WORDS, PROMPT, CHANNELS, WIDTH = 32128, 64, 32, 16, 512
 PATHS = {
@@ -136,7 +136,13 @@ def measure(task: str, path: str, size: str, batch: int, side: int, steps: int) 
         for _ in range(batch if one_by_one else 1):
             run(model, 1 if one_by_one else batch, side, steps)
     return {
-        **{"task": task, "path": path, "weights": weights, "working": tracker.peak},
+        **{
+            "task": task,
+            "path": path,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "weights": weights,
+            "working": tracker.peak,
+        },
         **{"tensors": weights + tracker.peak, "process": held() - before},
         "seconds": round(time.perf_counter() - began, 1),
     }

@@ -103,8 +103,9 @@ class Denoiser:
         """
         if self._whole is None:
             room = 0 if torch.is_grad_enabled() else tokens
-            self._whole = ConditionCache.assemble(self._parts, room)
-            self._parts = []  # its keys and values are in the whole now
+            # Its keys and values are in the whole from here on, and nowhere else.
+            self._whole = ConditionCache.assemble(self._parts, room, consume=True)
+            self._parts = []
         whole = self._whole
         if rows is not None:
             if self._chosen is None or self._chosen[0] != rows:

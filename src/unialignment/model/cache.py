@@ -96,15 +96,19 @@ class ConditionCache:
         return ConditionCache.assemble([(cache, None) for cache in caches])
 
     @staticmethod
-    def assemble(parts: list[tuple[ConditionCache, Tensor | None]], room: int = 0) -> ConditionCache:
+    def assemble(
+        parts: list[tuple[ConditionCache, Tensor | None]], room: int = 0, consume: bool = False
+    ) -> ConditionCache:
         """One batch of several caches, or of chosen conditions of each, copied once.
 
         Args:
             parts: Caches and which of their conditions (``[n]``, repeats allowed; ``None``: all), in order. Shorter
                 ones are padded and masked, which leaves every result exact.
             room: Positions to leave behind the conditions for a target's own keys and values (see ``room``).
+            consume: Empty ``parts``, and free each block's keys and values once they are copied: the two are then never
+                there twice, provided nobody else holds them.
         """
-        caches = [cache for cache, _ in parts]
+        caches, indices = [cache for cache, _ in parts], [index for _, index in parts]
         if len(parts) == 1 and parts[0][1] is None and not room:
             return caches[0]
         length = max(cache.length for cache in caches)
@@ -118,21 +122,21 @@ class ConditionCache:
             _, heads, _, width = tensors[0].shape
             make = tensors[0].new_empty if even else tensors[0].new_zeros
             whole, row = make(count, heads, length + room, width), 0
-            for tensor, (_, index) in zip(tensors, parts, strict=True):
+            for tensor, index in zip(tensors, indices, strict=True):
                 chosen = pick(tensor, index)
                 whole[row : row + len(chosen), :, : tensor.shape[2]] = chosen
                 row += len(chosen)
             return whole
 
+        def padded_mask(cache: ConditionCache, index: Tensor | None) -> Tensor:
+            own = cache.mask
+            if own is None:
+                own = cache.keys[0].new_ones(cache.batch_size, cache.length, dtype=torch.bool)
+            return F.pad(pick(own, index), [0, length - cache.length])
+
         mask = None
         if not even or any(cache.mask is not None for cache in caches):
-            masks = []
-            for cache, index in parts:
-                own = cache.mask
-                if own is None:
-                    own = cache.keys[0].new_ones(cache.batch_size, cache.length, dtype=torch.bool)
-                masks.append(F.pad(pick(own, index), [0, length - cache.length]))
-            mask = torch.cat(masks)
+            mask = torch.cat([padded_mask(cache, index) for cache, index in parts])
         aligned = None
         known = next((cache.aligned for cache in caches if cache.aligned is not None), None)
         if known is not None:
@@ -159,9 +163,19 @@ class ConditionCache:
                 for name in ("keys", "values")
             )
             return ConditionCache(tuple(keys), tuple(values), mask, TransformerOutput(), aligned)
-        buffers = tuple(
-            (joined([cache.keys[i] for cache in caches]), joined([cache.values[i] for cache in caches])) for i in layers
-        )
+        pending: list[list[tuple[Tensor, Tensor] | None]] = [
+            list(zip(cache.keys, cache.values, strict=True)) for cache in caches
+        ]
+        if consume:
+            parts.clear()
+            del caches
+        made = []
+        for i in layers:
+            found = [pair for pairs in pending if (pair := pairs[i]) is not None]
+            made.append((joined([key for key, _ in found]), joined([value for _, value in found])))
+            for pairs in pending:
+                pairs[i] = None
+        buffers = tuple(made)
         return ConditionCache(
             tuple(key[:, :, :length] for key, _ in buffers),
             tuple(value[:, :, :length] for _, value in buffers),

@@ -160,12 +160,12 @@ def _stages(
                 timestep=time[:1],
             )
         # Each branch's conditions, then all in one batch with room for the target, as the denoiser does.
-        caches = [
+        caches: list[Any] = [
             (parts.transformer.prefill(text_embeds=text[:1], text_mask=mask[:1], images=[latents[:1]]), None)
             for _ in range(2)
         ]
-        cache = ConditionCache.assemble(list(caches), (parts.side // parts.transformer.config.patch_size) ** 2)
-        del caches
+        room = (parts.side // parts.transformer.config.patch_size) ** 2
+        cache = ConditionCache.assemble(caches, room, consume=True)
         return parts.transformer.denoise(cache, latents=latents, timestep=time[:1])
 
     def write() -> Any:
