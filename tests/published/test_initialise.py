@@ -14,9 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import unialignment
-from unialignment.errors import CheckpointError
+from unialignment.errors import CheckpointError, InputError
+from unialignment.memory import size_of, tensors_of
 from unialignment.model.initialise import _needed_names, initialise_from_sd3
 from unialignment.model.transformer import UniAlignmentTransformer
+from unialignment.planning import folder_memory
 
 FLAVOURS: dict[str, dict[str, object]] = {
     "3.0": {},
@@ -174,6 +176,21 @@ def test_a_pipeline_folder_loads_as_a_start(sd3_folder: Path, caplog: pytest.Log
     repeated = again.generate("a red dog", seed=0, num_inference_steps=2).images[0]
     assert np.array_equal(np.asarray(image), np.asarray(repeated))
     assert again.caption(Image.new("RGB", (64, 64)), seed=0, num_inference_steps=2, max_length=6).texts[0] == text
+
+
+def test_a_start_in_little_memory(sd3_folder: Path) -> None:
+    expected = unialignment.load(sd3_folder, device="cpu")
+    options = {"seed": 1, "num_inference_steps": 2, "progress": False}
+    pipe = unialignment.load(sd3_folder, device="cpu")
+    pipe.drop_text_encoder(alternate=True)
+    for prompt in ("a red dog", "a blue cat"):
+        wanted, found = (one.generate(prompt, **options).images[0].tobytes() for one in (expected, pipe))
+        assert found == wanted
+    memory = folder_memory(sd3_folder, torch.float32)
+    parts = {name: getattr(expected, name) for name in memory.weights}
+    assert {name: size_of(tensors_of(part)) for name, part in parts.items()} == pytest.approx(memory.weights, rel=0.01)
+    with pytest.raises(InputError, match="plain weights"):
+        unialignment.load(sd3_folder, device="cpu", quantize="8bit")
 
 
 def test_without_its_t5_it_is_refused(sd3_folder: Path) -> None:

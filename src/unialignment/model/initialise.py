@@ -153,7 +153,11 @@ def load_sd3(folder: str | Path, dtype: torch.dtype = torch.float32, *, seed: in
     config = read_json(folder / "transformer" / "config.json")
     width = int(config.get("joint_attention_dim", 4096))
     vae = load_vae(folder / "vae", int(config.get("in_channels", 16)))
-    transformer, report = initialise_from_sd3(folder / "transformer", vocab_size=len(tokenizer), seed=seed, dtype=dtype)
+
+    def initial() -> tuple[UniAlignmentTransformer, Initialisation]:
+        return initialise_from_sd3(folder / "transformer", vocab_size=len(tokenizer), seed=seed, dtype=dtype)
+
+    transformer, report = initial()
     encoder = load_text_encoder(folder / "text_encoder_3", width, dtype)
     loaded = assemble(folder, transformer, encoder, tokenizer, vae, None)
     logger.warning("%s is a starting point, not a trained model: %s", folder, report.summary())
@@ -162,7 +166,9 @@ def load_sd3(folder: str | Path, dtype: torch.dtype = torch.float32, *, seed: in
         encoder = load_text_encoder(folder / "text_encoder_3", width, dtype)
         return T5TextEmbedder(encoder, tokenizer.mask_token_id).eval()
 
-    return replace(loaded, initialisation=report, loaders={"text_embedder": embedder})
+    return replace(
+        loaded, initialisation=report, loaders={"text_embedder": embedder, "transformer": lambda: initial()[0]}
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- details

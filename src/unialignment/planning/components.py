@@ -126,10 +126,11 @@ def _initial_settings(folder: Path | None) -> dict[str, Any] | None:
     if folder is None or not (folder / "transformer" / "config.json").is_file():
         return None
     from unialignment.model.initialise import SD3_CLASS, sd3_settings
-    from unialignment.model.published import transformer_settings
+    from unialignment.model.published import load_t5_tokenizer, transformer_settings
 
     if read_json(folder / "transformer" / "config.json").get("_class_name") == SD3_CLASS:
-        return sd3_settings(folder / "transformer", vocab_size=32100)
+        vocabulary = len(load_t5_tokenizer(folder / "tokenizer_3")) if (folder / "tokenizer_3").is_dir() else 32100
+        return sd3_settings(folder / "transformer", vocab_size=vocabulary)
     return transformer_settings(folder / "transformer")
 
 
