@@ -195,6 +195,7 @@ def group_offload(
         module = components[name]
         if name in exclude:
             module.to(device)
+            offload._undo.append(partial(nn.Module.to, module, "cpu"))
             continue
         if not any(True for _ in module.parameters()):
             continue
