@@ -2,8 +2,9 @@
 
 The naive path is as the published pipeline does it: float32, conditions encoded anew at every step, guidance in a
 doubled batch, both heads computed and logits at every position. Ours is what the pipeline runs (prefix mode): bfloat16,
-conditions encoded once, the target's head alone, logits where words are missing; with all pictures at once, in float32
-with all pictures at once, and with one picture at a time. Each is measured in a process of its own, in two ways:
+conditions encoded once, the target's head alone, logits where words are missing; all pictures at once as well. Beside
+it stand the same in float32, what ``max_memory`` does in any case (no room in caches for targets), and that with one
+picture at a time. Each is measured in a process of its own, in two ways:
 
 * ``tensors``: every tensor alive at once, weights included; scratch memory inside an operator isn't seen;
 * ``process``: the most that the process ever held, less what it held before the model was made.
@@ -37,12 +38,13 @@ SIZES: dict[str, dict[str, int]] = {
 }
 VOCABULARY, WORDS, PROMPT, CHANNELS, WIDTH = 32128, 64, 32, 16, 512
 PATHS = {
-    "naive": ("joint", torch.float32, False),
-    "ours, float32": ("prefix", torch.float32, False),
-    "ours": ("prefix", torch.bfloat16, False),
-    "ours, one by one": ("prefix", torch.bfloat16, True),
+    "naive": ("joint", torch.float32, True, False),
+    "ours": ("prefix", torch.bfloat16, True, False),
+    "ours, float32": ("prefix", torch.float32, True, False),
+    "ours, max_memory": ("prefix", torch.bfloat16, False, False),
+    "ours, one by one": ("prefix", torch.bfloat16, False, True),
 }
-"""Path → attention mode, type, and whether pictures come one at a time."""
+"""Path → attention mode, type, whether caches keep room for targets, and whether pictures come one at a time."""
 
 
 def build(size: str, mode: str, side: int, dtype: torch.dtype) -> UniAlignmentTransformer:
@@ -67,7 +69,7 @@ def build(size: str, mode: str, side: int, dtype: torch.dtype) -> UniAlignmentTr
     return model.eval()
 
 
-def caption_naive(model: UniAlignmentTransformer, batch: int, side: int, steps: int) -> None:
+def caption_naive(model: UniAlignmentTransformer, batch: int, side: int, steps: int, room: bool) -> None:
     """Everything at once, whole canvas at every step."""
     picture, words = torch.randn(batch, CHANNELS, side, side), torch.randn(batch, WORDS, WIDTH)
     time_ = torch.zeros(batch)
@@ -77,19 +79,19 @@ def caption_naive(model: UniAlignmentTransformer, batch: int, side: int, steps: 
         words = words + probabilities.amax(-1, keepdim=True)
 
 
-def caption_ours(model: UniAlignmentTransformer, batch: int, side: int, steps: int) -> None:
+def caption_ours(model: UniAlignmentTransformer, batch: int, side: int, steps: int, room: bool) -> None:
     """The pictures once; logits where words are still missing."""
     picture = torch.randn(batch, CHANNELS, side, side, dtype=model.dtype)
     words = torch.randn(batch, WORDS, WIDTH, dtype=model.dtype)
     nothing = Condition(words[:, :0], torch.ones(batch, 0, dtype=torch.bool), (picture,))
-    denoiser = Denoiser(model, {"full": nothing}, torch.arange(batch), cached=True)
+    denoiser = Denoiser(model, {"full": nothing}, torch.arange(batch), cached=True, room=room)
     for step in range(steps):
         open_ = torch.arange(WORDS).expand(batch, -1) >= WORDS * step // steps
         logits = denoiser.logits(("full",), words, open_)["full"]
         words[open_] = words[open_] + logits.softmax(-1).amax(-1)[:, None].to(words)
 
 
-def edit_naive(model: UniAlignmentTransformer, batch: int, side: int, steps: int) -> None:
+def edit_naive(model: UniAlignmentTransformer, batch: int, side: int, steps: int, room: bool) -> None:
     """Both guidance branches in one doubled batch, the source picture beside the target at every step."""
     x, source = (torch.randn(2 * batch, CHANNELS, side, side) for _ in range(2))
     prompt = torch.randn(2 * batch, PROMPT, WIDTH)
@@ -101,13 +103,13 @@ def edit_naive(model: UniAlignmentTransformer, batch: int, side: int, steps: int
         x = x - (empty + 3 * (right - empty)).repeat(2, 1, 1, 1) / steps
 
 
-def edit_ours(model: UniAlignmentTransformer, batch: int, side: int, steps: int) -> None:
+def edit_ours(model: UniAlignmentTransformer, batch: int, side: int, steps: int, room: bool) -> None:
     """Conditions once; the target alone at every step."""
     x, source = (torch.randn(batch, CHANNELS, side, side, dtype=model.dtype) for _ in range(2))
     mask = torch.ones(batch, PROMPT, dtype=torch.bool)
     right, empty = (torch.randn(batch, PROMPT, WIDTH, dtype=model.dtype) for _ in range(2))
     conditions = {"full": Condition(right, mask, (source,)), "no_text": Condition(empty, mask, (source,))}
-    denoiser = Denoiser(model, conditions, torch.arange(batch), cached=True)  # type: ignore[arg-type]
+    denoiser = Denoiser(model, conditions, torch.arange(batch), cached=True, room=room)  # type: ignore[arg-type]
     sigmas = [1 - step / steps for step in range(steps)]
     denoiser.plan(sigmas)
     for sigma in sigmas:
@@ -126,7 +128,7 @@ def held() -> int:
 @torch.no_grad()
 def measure(task: str, path: str, size: str, batch: int, side: int, steps: int) -> dict[str, Any]:
     """Memory of one path in bytes, and its seconds."""
-    mode, dtype, one_by_one = PATHS[path]
+    mode, dtype, room, one_by_one = PATHS[path]
     before = held()
     model = build(size, mode, side, dtype)
     run = RUNS[task][0 if path == "naive" else 1]
@@ -134,7 +136,7 @@ def measure(task: str, path: str, size: str, batch: int, side: int, steps: int) 
     began = time.perf_counter()
     with MemoryTracker(tensors_of(model)) as tracker:
         for _ in range(batch if one_by_one else 1):
-            run(model, 1 if one_by_one else batch, side, steps)
+            run(model, 1 if one_by_one else batch, side, steps, room)
     return {
         **{
             "task": task,

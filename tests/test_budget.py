@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +22,10 @@ from unialignment.cli import main
 from unialignment.commands.loading import parse_lora
 from unialignment.errors import InputError
 from unialignment.memory import measured_peak, size_of, tensors_of
+from unialignment.model.autoencoder import PixelAutoencoder
 from unialignment.model.lora import add_lora, save_lora
+from unialignment.model.text import TokenEmbedder
+from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.pipeline import UniAlignmentPipeline
 from unialignment.planning import InferenceMemory, folder_memory
 
@@ -159,6 +163,36 @@ def test_predictions_of_a_folder_against_the_allocator(stage: str, folder: Path)
     here = size + predicted.weights["text_embedder"]
     used, _ = measured_peak(lambda: pipe.edit("a red dog", picture, guidance_scale=3.0, **QUIET))
     assert getattr(predicted, stage) == pytest.approx(here + used, rel=0.15)
+
+
+def test_caches_without_room_for_targets(tmp_path: Path, tiny_pipeline: UniAlignmentPipeline) -> None:
+    """In a model that caches conditions, `max_memory` gives up a little time for much of the cache."""
+    torch.manual_seed(0)
+    tokenizer = tiny_pipeline.tokenizer
+    transformer = UniAlignmentTransformer(
+        **{"sample_size": 64, "patch_size": 4, "in_channels": 3, "num_layers": 6, "attention_head_dim": 32},
+        **{"num_attention_heads": 4, "joint_attention_dim": 24, "pos_embed_max_size": 16, "attention_mode": "prefix"},
+        vocab_size=tokenizer.vocab_size,
+    )
+    embedder = TokenEmbedder(tokenizer.vocab_size, 24, max_length=48)
+    UniAlignmentPipeline(transformer, embedder, PixelAutoencoder(), tokenizer).save_pretrained(tmp_path / "model")
+    predicted = folder_memory(tmp_path / "model", torch.float32, prompt_tokens=4)
+    picture, pictures, peaks = Image.new("RGB", (64, 64), "red"), [], []
+    pipes = [
+        unialignment.load(tmp_path / "model", device="cpu", dtype="float32", max_memory=limit)
+        for limit in (None, "1GiB")
+    ]
+    for pipe in pipes:
+
+        def edit(pipe: UniAlignmentPipeline = pipe) -> Any:
+            return pipe.edit("a red dog", picture, guidance_scale=3.0, **QUIET)
+
+        pictures.append(np.asarray(edit().images[0]).astype(int))
+        weights = size_of(tensors_of(*_parts(pipe)))
+        peaks.append(weights + measured_peak(edit)[0])
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+    assert peaks[1] < peaks[0] - 0.5e6
+    assert predicted.peak == pytest.approx(peaks[1], rel=0.15)
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

@@ -55,6 +55,8 @@ class Denoiser:
         conditions: Branch → its U distinct conditions; the fully conditioned branch first.
         index: ``[B]`` which condition each sample has, the same in all branches or one such index for each.
         cached: Encode conditions once (``prefix`` mode only); else anew at every call, with the same result.
+        room: Keep room beside each block's cached keys for those of the targets: faster, but for editing the cache is
+            twice as large.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Denoiser:
         conditions: Mapping[Branch, Condition],
         index: Tensor | Mapping[Branch, Tensor],
         cached: bool,
+        room: bool = True,
     ) -> None:
         self.model = model
+        self._room = room
         self.cached = cached and model.config.attention_mode == "prefix"
         self._order = tuple(conditions)
         self._parts: list[tuple[ConditionCache, Tensor | None]] = []
@@ -102,7 +106,7 @@ class Denoiser:
         ``rows`` names samples if not all are computed.
         """
         if self._whole is None:
-            room = 0 if torch.is_grad_enabled() else tokens
+            room = tokens if self._room and not torch.is_grad_enabled() else 0
             # Its keys and values are in the whole from here on, and nowhere else.
             self._whole = ConditionCache.assemble(self._parts, room, consume=True)
             self._parts = []

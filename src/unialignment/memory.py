@@ -5,6 +5,7 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -75,6 +76,7 @@ def measured_peak(run: Callable[[], Any]) -> tuple[int, int]:
     """
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # what is left from before must not be freed, and counted, meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         kept = run()
     now = peak = 0

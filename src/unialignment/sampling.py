@@ -351,7 +351,7 @@ def _denoiser(
                 none, none.new_zeros(none.shape[:2], dtype=torch.bool), tuple(image.to(pipe.dtype) for image in images)
             )
     pipe.transformer.fuse_projections()
-    return Denoiser(pipe.transformer, conditions, index, cached)
+    return Denoiser(pipe.transformer, conditions, index, cached, room=pipe.memory_choice is None)
 
 
 def _latents(pipe: UniAlignmentPipeline, pictures: Sequence[Image.Image]) -> dict[int, Tensor]:

@@ -62,7 +62,7 @@ def inference_memory(
         prompt_tokens: Condition tokens.
     """
     plain = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 0})})
-    return _predict(build(plain, []), dtype, prompt_tokens)
+    return _predict(build(plain, []), dtype, prompt_tokens, room=True)
 
 
 def folder_memory(
@@ -73,7 +73,9 @@ def folder_memory(
     tiling: bool = False,
     prompt_tokens: int | None = None,
 ) -> InferenceMemory:
-    """Predict the memory of using a model folder of any layout, from its configs alone.
+    """Predict the memory of using a model folder of any layout under ``max_memory``, from its configs alone.
+
+    What ``max_memory`` does in any case is assumed: caches keep no room for targets.
 
     Args:
         folder: The model's.
@@ -95,6 +97,7 @@ def _predict(
     prompt_tokens: int | None,
     quantize: Mapping[str, str] | None = None,
     tiling: bool = False,
+    room: bool = False,
 ) -> InferenceMemory:
     text_module: nn.Module = parts.embedder or parts.encoder  # type: ignore[assignment]
     for part in (parts.transformer, text_module):
@@ -111,7 +114,8 @@ def _predict(
         parts_of_blocks = _largest_parts(parts, text_module)
         shorten(parts)
         working = {
-            name: peak + scratch[module] for name, (module, peak) in _stages(parts, modules, prompt_tokens).items()
+            name: peak + scratch[module]
+            for name, (module, peak) in _stages(parts, modules, prompt_tokens, room).items()
         }
     total, drawing = sum(weights.values()), ("encode", "denoise", "decode")
     of = {"text": "text_embedder", "encode": "autoencoder", "denoise": "transformer", "decode": "autoencoder"}
@@ -136,7 +140,7 @@ def _predict(
 
 
 def _stages(
-    parts: Components, modules: Mapping[str, nn.Module], prompt_tokens: int | None
+    parts: Components, modules: Mapping[str, nn.Module], prompt_tokens: int | None, room: bool
 ) -> dict[str, tuple[str, int]]:
     """Stage → the component that works in it, and its working memory."""
     length, pixels = prompt_tokens_of(parts, prompt_tokens), parts.side * parts.autoencoder.spatial_factor
@@ -164,8 +168,8 @@ def _stages(
             (parts.transformer.prefill(text_embeds=text[:1], text_mask=mask[:1], images=[latents[:1]]), None)
             for _ in range(2)
         ]
-        room = (parts.side // parts.transformer.config.patch_size) ** 2
-        cache = ConditionCache.assemble(caches, room, consume=True)
+        tokens = (parts.side // parts.transformer.config.patch_size) ** 2
+        cache = ConditionCache.assemble(caches, tokens if room else 0, consume=True)
         return parts.transformer.denoise(cache, latents=latents, timestep=time[:1])
 
     def write() -> Any:
