@@ -147,6 +147,12 @@ COMMANDS: dict[str, Command] = {
         "unialign info nano",
         "configure_info",
     ),
+    "distill": Command(
+        "teach a few-step student what a trained model draws in many",
+        "distill:distill",
+        "unialign distill configs/distill-nano.yaml steps=[8,4]",
+        "configure",
+    ),
     "bench": Command(
         "measure time, memory and operations of the tasks",
         "bench:bench",

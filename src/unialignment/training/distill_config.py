@@ -1,0 +1,117 @@
+"""The configuration of ``unialign distill``, and the batches that it names. Knows nothing of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from unialignment.errors import InputError
+from unialignment.tasks import TASKS
+from unialignment.training.batching import Batch, collate
+from unialignment.training.config import Section, WorldSection, merge, parse_overrides, read_yaml, validate
+from unialignment.training.distill import DistillSettings, Source, Stage
+
+_ELSEWHERE = 1 << 40
+
+
+class DistillConfig(Section):
+    """A distillation run; see docs/speed.md for the table of keys."""
+
+    kind: Literal["distill"] = "distill"
+    model: str = Field("nano", description="Teacher: packaged name, folder or hub id.")
+    dir: Path = Field(Path("runs/distill"), description="Run folder; the student is written to its model/.")
+    seed: int = Field(0, ge=0, description="Seed of data and noise.")
+    device: str = Field("auto", description="auto, cpu, cuda, mps.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch. Default: all.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast.")
+    world: WorldSection = Field(default_factory=WorldSection)
+    mixture: dict[str, int] = Field(
+        default_factory=lambda: {"generate": 12, "edit": 6, "perceive": 6, "control": 2, "compose": 4, "caption": 4,
+                                 "answer": 4, "infill": 2},
+        description="Samples of each task in an update; texts are held where they are.",
+    )  # fmt: skip
+    guidance: dict[str, float] = Field(default_factory=dict, description="Scale by task. Default: the model's own.")
+    shift: float = Field(1.0, gt=0, description="Resolution shift of the noise levels.")
+    guidance_updates: int = Field(3000, ge=1, description="Updates of guidance distillation.")
+    steps: tuple[int, ...] = Field((16, 8, 4), description="Student's steps of each halving; each half of the last.")
+    halving_updates: int = Field(2000, ge=1, description="Updates of each halving.")
+    lr: float = Field(3e-4, gt=0)
+    warmup: int = Field(50, ge=1)
+    ema: float = Field(0.995, ge=0, lt=1)
+    keep: float = Field(1.0, ge=0, description="Weight of the texts' divergence from the teacher.")
+    checkpoint_every: int = Field(250, ge=1)
+    log_every: int = Field(20, ge=1)
+
+    @model_validator(mode="after")
+    def _tasks_exist(self) -> DistillConfig:
+        if not any(count and TASKS.get(name).target == "image" for name, count in self._counts()):
+            raise ValueError("mixture: at least one task that draws needs samples")
+        return self
+
+    def _counts(self) -> list[tuple[str, int]]:
+        unknown = [name for name in {**self.mixture, **self.guidance} if name not in TASKS.names]
+        if unknown:
+            raise ValueError(f"unknown task {', '.join(map(repr, unknown))}; known are {', '.join(TASKS.names)}")
+        return list(self.mixture.items())
+
+    def settings(self) -> DistillSettings:
+        """As the distiller takes them.
+
+        Raises:
+            ConfigError: the step counts aren't halves of one another.
+        """
+        stages = (Stage(None, self.guidance_updates), *(Stage(count, self.halving_updates) for count in self.steps))
+        names = (
+            "guidance",
+            "shift",
+            "lr",
+            "warmup",
+            "ema",
+            "keep",
+            "precision",
+            "checkpoint_every",
+            "log_every",
+            "seed",
+        )
+        return DistillSettings(stages=stages, **{name: getattr(self, name) for name in names})
+
+
+def load_distill(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
+    """A YAML file and ``key=value`` overrides, checked.
+
+    Raises:
+        ConfigError: unusable, with every reason.
+    """
+    config: DistillConfig = validate(DistillConfig, merge(read_yaml(Path(path)), parse_overrides(overrides)), str(path))
+    return config
+
+
+def world_source(config: DistillConfig, tokenizer: Any, limit: int) -> Source:
+    """The scene world's batches: update ``i`` is a function of ``i``. Texts that don't fit are replaced."""
+    from unialignment.training.samples import fits
+    from unialignment.world.presets import preset
+    from unialignment.world.sprites import SpritePack
+    from unialignment.world.stream import WorldStream
+
+    pack, world = SpritePack.load(config.world.pack), config.world
+    stream = WorldStream(
+        pack, preset(world.preset, pack), world.split, config.seed, varied=world.varied, long=world.long
+    )
+
+    def one(task: str, index: int) -> Any:
+        for attempt in range(50):
+            sample = stream.sample(task, index + attempt * _ELSEWHERE)
+            if fits(sample, tokenizer, limit):
+                return sample
+        raise InputError(f"no sample of {task} fits the teacher's texts of {limit} tokens; take it out of the mixture")
+
+    def batches(update: int) -> list[Batch]:
+        samples = [
+            one(task, update * count + number) for task, count in config.mixture.items() for number in range(count)
+        ]
+        return collate(samples, tokenizer)
+
+    return batches
