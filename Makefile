@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test lint types tests world format card clean
+.PHONY: install demo test lint types tests tests-slow world format card clean
 
 install: $(STAMP)
 
@@ -33,7 +33,11 @@ types: $(STAMP)
 
 # One thread per worker: several workers with several threads each slow one another down many times over.
 tests: $(STAMP) world
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+# Also what takes minutes: processes that are killed, a browser, a cluster, full sizes.
+tests-slow: $(STAMP) world
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # Artwork of the scene world, fetched once into the user's cache directory; without Node, one drawing style from a Python package.
 # Without either, the tests that draw scenes are skipped.

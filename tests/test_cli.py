@@ -192,7 +192,7 @@ def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest
     text = " ".join(capsys.readouterr().out.split())
     assert f"unialign {name}" in text
     assert name == "demo" or " ".join(cli.COMMANDS[name].example.split()) in text
-    assert name in ("world", "demo", "data") or "--json" in text
+    assert name in ("world", "demo", "data", "serve") or "--json" in text
 
 
 def test_help_answers_without_loading_anything_heavy():

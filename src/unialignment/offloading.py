@@ -102,7 +102,7 @@ def model_offload(components: Mapping[str, nn.Module], device: torch.device) -> 
         _open(offload, name, module)
         hook = OneAtATime(device)
         add_hook_to_module(module, hook)
-        hooks.append(UserCpuOffloadHook(module, hook))  # type: ignore[misc]
+        hooks.append(UserCpuOffloadHook(module, hook))
         offload._undo.append(partial(remove_hook_from_module, module))
 
     def rest() -> None:
@@ -142,8 +142,8 @@ def sequential_offload(components: Mapping[str, nn.Module], device: torch.device
         _open(offload, name, module)
         if name != "transformer":
             attach(module)
-            continue  # type: ignore[misc]
-        offload._undo.append(partial(nn.Module.to, module, "cpu"))  # type: ignore[arg-type]
+            continue
+        offload._undo.append(partial(nn.Module.to, module, "cpu"))
         blocks = list(module.transformer_blocks)
         for block in blocks:
             # Blocks read weights of their layers outright, so a block comes and goes as a whole.
@@ -212,7 +212,7 @@ def group_offload(
             num_blocks_per_group=num_blocks_per_group if kind == "block_level" else None,
             use_stream=use_stream,
             offload_to_disk_path=path,
-        )  # type: ignore[misc]
+        )
         offload._undo.append(partial(detach, module, path))
         if name == "transformer":
             _without_blocks_ahead(offload, module)

@@ -380,7 +380,7 @@ class UniAlignmentPipeline(Placement):
                     text_embeds=condition.text,
                     text_mask=condition.mask,
                     timestep=torch.zeros(len(chunk), device=self.device),
-                    target="text",  # type: ignore[arg-type]
+                    target="text",
                 )
             vectors.append(self.transformer.embed(output.text_features, "text", condition.mask).float().cpu())
         self._rest()
@@ -394,7 +394,7 @@ class UniAlignmentPipeline(Placement):
             condition = self.condition([""] * latents.shape[0], (latents,))
             output: Any = self.transformer.prefill(
                 text_embeds=condition.text, text_mask=condition.mask, images=condition.images, features=True
-            ).output  # type: ignore[arg-type]
+            ).output
         else:
             output = self.transformer(latents=latents, timestep=torch.zeros(latents.shape[0], device=self.device))
         return self.transformer.embed(output.image_features, "image").float().cpu()

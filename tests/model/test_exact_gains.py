@@ -79,7 +79,9 @@ def test_room_is_left_alone_where_gradients_are_needed(model: UniAlignmentTransf
     before = [key.clone() for key, _ in roomy.room]
     loss = model.denoise(roomy, latents=x["latents"], timestep=x["timestep"]).velocity.square().mean()
     loss.backward()
-    assert all(torch.equal(key, old) for (key, _), old in zip(roomy.room, before, strict=True))
+    for (key, _), old in zip(roomy.room, before, strict=True):
+        # room is memory as it was found, which may hold nan
+        torch.testing.assert_close(key, old, rtol=0, atol=0, equal_nan=True)
 
 
 def test_assembled_caches_keep_gradients(model: UniAlignmentTransformer) -> None:

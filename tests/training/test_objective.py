@@ -128,9 +128,13 @@ def test_pictures_keep_their_values() -> None:
 def test_incomplete_samples_are_refused(tokenizer: TextTokenizer) -> None:
     with pytest.raises(InputError, match="generate sample lacks its target_image"):
         collate([Sample("generate", prompt="a cat")], tokenizer)
+
+
+def test_each_picture_size_is_a_batch_of_its_own(tokenizer: TextTokenizer) -> None:
     different = [sample("generate"), Sample("generate", target_image=np.zeros((8, 8, 3), np.uint8))]
-    with pytest.raises(InputError, match="one size"):
-        collate(different, tokenizer)
+    batches = collate(different, tokenizer)
+    sizes = [tuple(batch.target_images.shape) for batch in batches if batch.target_images is not None]
+    assert sorted(sizes) == sorted((1, 3, *s.target_image.shape[:2]) for s in different)
 
 
 # ----------------------------------------------------------------------------------------------------- objective

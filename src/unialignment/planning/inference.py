@@ -181,7 +181,7 @@ def _stages(
             )
         else:
             cache = parts.transformer.prefill(text_embeds=text[:1], text_mask=mask[:1], images=[latents[:1]])
-            output = parts.transformer.denoise(cache, text_embeds=words, timestep=time[:1], logit_positions=rows)  # type: ignore[arg-type]
+            output = parts.transformer.denoise(cache, text_embeds=words, timestep=time[:1], logit_positions=rows)
         return output.text_logits.float().softmax(-1)
 
     stages: dict[str, tuple[str, Any]] = {

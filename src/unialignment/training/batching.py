@@ -113,7 +113,7 @@ def collate(
         encoded: The samples hold latents ``[C, h, w]`` in place of pictures.
 
     Raises:
-        InputError: a text is longer than its task's canvas, or pictures of one batch differ in size.
+        InputError: a text is longer than its task's canvas, or a sample lacks its target.
     """
     stack = _stack if encoded else images_to_tensor
     groups: dict[tuple[str, int, int, tuple[tuple[int, ...], ...]], list[Sample]] = {}

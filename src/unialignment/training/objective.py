@@ -207,7 +207,7 @@ class Objective(nn.Module):
                     chosen &= share.valid
                 by_task[task].append(losses.detach()[chosen.to(losses.device)])
                 task_counts[task] += sum(t == task for t in tasks)
-            self._collect_pairs(batch, output, texts, images, cross, pair_gradients[index] if pair_gradients else None)  # type: ignore[arg-type]
+            self._collect_pairs(batch, output, texts, images, cross, pair_gradients[index] if pair_gradients else None)
             self._collect_intrinsic(item, output, intrinsic)
         parts: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
