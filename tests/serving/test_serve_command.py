@@ -59,7 +59,7 @@ def test_it_serves_until_it_is_told_to_stop(tiny_folder: Path) -> None:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
         found = next(filter(None, (re.search(r"API (http://\S+/v1) \(1 key\(s\)\)", line) for line in lines)))
-        next(line for line in lines if "startup complete" in line)
+        next(line for line in lines if "Uvicorn running" in line)  # "startup complete" comes before it listens
 
         def get(path: str, **headers: str) -> Any:
             request = urllib.request.Request(found[1] + path, headers=headers)
