@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,14 @@ def test_it_serves_until_it_is_told_to_stop(tiny_folder: Path) -> None:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
         found = next(filter(None, (re.search(r"API (http://\S+/v1) \(1 key\(s\)\)", line) for line in lines)))
-        next(line for line in lines if "Uvicorn running" in line)  # "startup complete" comes before it listens
+        next(line for line in lines if "startup complete" in line)
+        address = urllib.parse.urlsplit(found[1])
+        for _ in range(600):  # the line comes shortly before it listens
+            try:
+                socket.create_connection((address.hostname, address.port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
 
         def get(path: str, **headers: str) -> Any:
             request = urllib.request.Request(found[1] + path, headers=headers)
