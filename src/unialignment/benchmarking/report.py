@@ -124,7 +124,14 @@ def plot(scaling: list[dict[str, Any]], path: Path, title: str) -> None:
             below.plot(sizes, memory, marker="o", color=colour, label=f"{way}, exponent {fit['working_bytes']:.2f}")
         for axis, what in ((above, "seconds a step"), (below, "working memory, MiB")):
             axis.set(xscale="log", yscale="log", xlabel=sweep["along"], ylabel=what)
+            sizes = sorted({point["size"] for point in sweep["points"]})
+            axis.set_xticks(sizes, [_short(size) for size in sizes])
+            axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axis.legend(fontsize="x-small")
             axis.grid(visible=True, which="both", alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
+
+
+def _short(size: float) -> str:
+    return f"{size / 1e6:.0f} M" if size >= 1e6 else f"{size:g}"

@@ -35,7 +35,7 @@ def bench(args: argparse.Namespace) -> int:
 
     from unialignment.benchmarking.measure import Timing
     from unialignment.benchmarking.report import write
-    from unialignment.benchmarking.suite import Suite
+    from unialignment.benchmarking.suite import PARTS, Suite
 
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
@@ -52,7 +52,8 @@ def bench(args: argparse.Namespace) -> int:
         f"--repeats {args.repeats} --dtype {args.dtype} --threads {args.threads}"
     )
     short = {"float32": "", "bfloat16": "-bf16"}[args.dtype]
-    paths = write(results, args.out, f"{args.size}-{args.pixels}px{short}", command)
+    chosen = "" if set(parts) == set(PARTS) else "-" + "-".join(parts)
+    paths = write(results, args.out, f"{args.size}-{args.pixels}px{short}{chosen}", command)
     lines = [f"{row['name']}: {Timing(**row['ratio'])}" for row in results.comparisons]
     data = {**results.to_json(), "paths": [str(path) for path in paths], "seconds": common.seconds(started)}
     common.say(args, data, [*lines, *map(str, paths)])
