@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 16_384
 """Target tokens in flight, guidance branches included, from which the default ``batch_size`` follows."""
 _SETTINGS = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "negative_prompt", "fit")
-_IMAGE_SETTINGS = (*_SETTINGS, "guidance_interval", "solver", "shift", "best_of", "best_of_text")
-_TEXT_SETTINGS = (*_SETTINGS, "temperature", "top_p", "decoding", "confidence_threshold")
+IMAGE_SETTINGS = (*_SETTINGS, "guidance_interval", "solver", "shift", "best_of", "best_of_text")
+TEXT_SETTINGS = (*_SETTINGS, "temperature", "top_p", "decoding", "confidence_threshold")
 
 
 @torch.no_grad()
@@ -62,15 +62,15 @@ def draw(
     ranked = (options["best_of"] or 1) > 1
     drawn = max(keep, options["best_of"] or 1)
     guidance = Guidance(
-        options["guidance_scale"], options["image_guidance_scale"], _interval(options["guidance_interval"])
+        options["guidance_scale"], options["image_guidance_scale"], noise_interval(options["guidance_interval"])
     )
     if options["solver"] not in SOLVERS:
         raise InputError(f"solver must be one of {', '.join(SOLVERS)}, got {options['solver']!r}")
-    compared = _compared(task, requests, options["best_of_text"]) if ranked else []
+    compared = compared_texts(task, requests, options["best_of_text"]) if ranked else []
     sigmas = sigma_schedule(options["num_inference_steps"], options["shift"])
-    width, height = _size(pipe, options["width"], options["height"])
+    width, height = picture_size(pipe, options["width"], options["height"])
     seeds = expand_seeds(options["seed"], len(requests), drawn)
-    sources = _Sources(pipe, requests, width, height, options)
+    sources = Sources(pipe, requests, width, height, options)
     samples = [(row, seed) for row, row_seeds in enumerate(seeds) for seed in row_seeds]
     factor = pipe.autoencoder.spatial_factor
     shape = (pipe.transformer.config.in_channels, height // factor, width // factor)
@@ -98,7 +98,7 @@ def draw(
         prompts=[requests[samples[index][0]].prompt for index in chosen],
         task=task.name,
         model=pipe.name,
-        settings={**_kind(kind), "width": width, "height": height, **_plain(options, _IMAGE_SETTINGS)},
+        settings={**kind_setting(kind), "width": width, "height": height, **plain_settings(options, IMAGE_SETTINGS)},
         scores=None if ranking is None else [float(ranking.scores[index]) for index in chosen],
     )
 
@@ -129,12 +129,12 @@ def write(
     if length > pipe.text_limit:
         raise InputError(f"max_length must be at most {pipe.text_limit} tokens for this model, got {length}")
     seeds = [row[0] for row in expand_seeds(options["seed"], len(requests), 1)]
-    sources = _Sources(pipe, requests, pipe.default_size, pipe.default_size, options)
+    sources = Sources(pipe, requests, pipe.default_size, pipe.default_size, options)
     path = MaskedPath(pipe.tokenizer.mask_token_id)
     end = pipe.tokenizer.pad_token_id if pipe.tokenizer.eos_token_id is None else pipe.tokenizer.eos_token_id
     texts: dict[int, str] = {}
-    canvases = [_canvas(pipe, request, length, fixed=options["max_length"] is not None) for request in requests]
-    questions = [_question(pipe, request) for request in requests]
+    canvases = [text_canvas(pipe, request, length, fixed=options["max_length"] is not None) for request in requests]
+    questions = [question_ids(pipe, request) for request in requests]
     beside = not pipe.tokenizer.question_first
     if not beside and guidance.text_scale != 1.0:
         raise InputError(
@@ -163,7 +163,7 @@ def write(
         prompts=[request.prompt for request in requests],
         task=task.name,
         model=pipe.name,
-        settings={**_kind(kind), "max_length": length, **_plain(options, _TEXT_SETTINGS)},
+        settings={**kind_setting(kind), "max_length": length, **plain_settings(options, TEXT_SETTINGS)},
     )
 
 
@@ -188,12 +188,12 @@ def _prepare(
     if task.target == "image":
         texts = [text for request in requests for text in (request.text, request.negative)]
         if (options["best_of"] or 1) > 1:
-            texts += ["", *_compared(task, requests, options["best_of_text"])]
+            texts += ["", *compared_texts(task, requests, options["best_of_text"])]
         pipe.encode_ahead(texts)
     return options, requests
 
 
-class _Sources:
+class Sources:
     """Condition pictures of all requests, loaded and fitted before any computation; each is decoded once."""
 
     def __init__(
@@ -229,7 +229,8 @@ class _Sources:
         return left, top, left + width, top + height
 
 
-def _size(pipe: UniAlignmentPipeline, width: int | None, height: int | None) -> tuple[int, int]:
+def picture_size(pipe: UniAlignmentPipeline, width: int | None, height: int | None) -> tuple[int, int]:
+    """Width and height of the pictures drawn: those asked for, if the model can draw them, else its own."""
     patch = pipe.transformer.config.patch_size * pipe.autoencoder.spatial_factor
     largest = pipe.transformer.config.pos_embed_max_size * patch
     for name, value in (("width", width), ("height", height)):
@@ -238,7 +239,7 @@ def _size(pipe: UniAlignmentPipeline, width: int | None, height: int | None) -> 
     return width or pipe.default_size, height or pipe.default_size
 
 
-def _canvas(pipe: UniAlignmentPipeline, request: Request, length: int, fixed: bool) -> Tensor:
+def text_canvas(pipe: UniAlignmentPipeline, request: Request, length: int, fixed: bool) -> Tensor:
     """Target ids ``[L]``: masks where to write, given words elsewhere.
 
     L is ``length``, or what a longer given text needs unless ``fixed``. It must not depend on other requests.
@@ -253,14 +254,14 @@ def _canvas(pipe: UniAlignmentPipeline, request: Request, length: int, fixed: bo
     return torch.nn.functional.pad(ids, (0, missing), value=pipe.tokenizer.pad_token_id)
 
 
-def _question(pipe: UniAlignmentPipeline, request: Request) -> Tensor:
+def question_ids(pipe: UniAlignmentPipeline, request: Request) -> Tensor:
     """Ids ``[Q]`` that the target text begins with: the question, for models that read it so; else none."""
     if not request.text or not pipe.tokenizer.question_first:
         return torch.zeros(0, dtype=torch.long)
     return pipe.tokenizer.encode([request.text])[0][0]
 
 
-def _compared(task: Task, requests: Sequence[Request], given: Prompts) -> list[str]:
+def compared_texts(task: Task, requests: Sequence[Request], given: Prompts) -> list[str]:
     """What ``best_of`` compares the pictures of each request with: texts of the user's, or the prompts."""
     texts = [request.prompt for request in requests]
     if given is not None:
@@ -275,7 +276,8 @@ def _compared(task: Task, requests: Sequence[Request], given: Prompts) -> list[s
     return texts
 
 
-def _interval(value: Any) -> tuple[float, float]:
+def noise_interval(value: Any) -> tuple[float, float]:
+    """``guidance_interval`` as two numbers."""
     try:
         low, high = (float(number) for number in value)
     except (TypeError, ValueError) as error:
@@ -283,11 +285,13 @@ def _interval(value: Any) -> tuple[float, float]:
     return low, high
 
 
-def _kind(kind: str | None) -> dict[str, Any]:
+def kind_setting(kind: str | None) -> dict[str, Any]:
+    """What a result's settings say of the kind: nothing where none was given."""
     return {} if kind == "" else {"kind": kind}
 
 
-def _plain(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def plain_settings(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The options called ``names`` that are in force, as JSON can hold them."""
     plain = {name: options[name] for name in names if options[name] is not None}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
@@ -313,7 +317,7 @@ def _groups(shapes: Sequence[Hashable], batch_size: int | None, tokens: int) -> 
 def _denoiser(
     pipe: UniAlignmentPipeline,
     requests: Sequence[Request],
-    sources: _Sources,
+    sources: Sources,
     rows: Sequence[int],
     guidance: Guidance,
     cached: bool,

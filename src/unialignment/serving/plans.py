@@ -164,16 +164,18 @@ def _image_plan(
     if options["solver"] not in SOLVERS:
         raise InputError(f"solver must be one of {', '.join(SOLVERS)}, got {options['solver']!r}")
     compared = None
-    if drawn > 1 and (options["best_of"] or 1) > 1:
-        (compared,) = sampling._compared(task, [request], options["best_of_text"])
+    if (options["best_of"] or 1) > 1:
+        (compared,) = sampling.compared_texts(task, [request], options["best_of_text"])
         pipe.check_length(compared)
     guidance = Guidance(
-        options["guidance_scale"], options["image_guidance_scale"], sampling._interval(options["guidance_interval"])
+        options["guidance_scale"],
+        options["image_guidance_scale"],
+        sampling.noise_interval(options["guidance_interval"]),
     )
-    width, height = sampling._size(pipe, options["width"], options["height"])
-    sources = sampling._Sources(pipe, [request], width, height, options)
+    width, height = sampling.picture_size(pipe, options["width"], options["height"])
+    sources = sampling.Sources(pipe, [request], width, height, options)
     factor = pipe.autoencoder.spatial_factor
-    settings = {"width": width, "height": height, **sampling._plain(options, sampling._IMAGE_SETTINGS)}
+    settings = {"width": width, "height": height, **sampling.plain_settings(options, sampling.IMAGE_SETTINGS)}
     return ImagePlan(
         task=task,
         prompt=request.prompt,
@@ -181,7 +183,7 @@ def _image_plan(
         pictures=sources.pictures[0],
         guidance=guidance,
         seeds=tuple(expand_seeds(options["seed"], 1, drawn)[0]),
-        settings={**sampling._kind(kind), **settings},
+        settings={**sampling.kind_setting(kind), **settings},
         bytes=0,
         shape=(pipe.transformer.config.in_channels, height // factor, width // factor),
         sigmas=tuple(sigma_schedule(options["num_inference_steps"], options["shift"])),
@@ -210,9 +212,9 @@ def _text_plan(
             f"{pipe.name} reads questions as part of the text it writes, which nothing can be guided away "
             "from; leave guidance_scale at 1"
         )
-    sources = sampling._Sources(pipe, [request], pipe.default_size, pipe.default_size, options)
-    question = sampling._question(pipe, request)
-    canvas = sampling._canvas(pipe, request, length, fixed=options["max_length"] is not None)
+    sources = sampling.Sources(pipe, [request], pipe.default_size, pipe.default_size, options)
+    question = sampling.question_ids(pipe, request)
+    canvas = sampling.text_canvas(pipe, request, length, fixed=options["max_length"] is not None)
     tokenizer = pipe.tokenizer
     end = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     return TextPlan(
@@ -223,9 +225,9 @@ def _text_plan(
         guidance=guidance,
         seeds=(expand_seeds(options["seed"], 1, 1)[0][0],),
         settings={
-            **sampling._kind(kind),
+            **sampling.kind_setting(kind),
             "max_length": length,
-            **sampling._plain(options, sampling._TEXT_SETTINGS),
+            **sampling.plain_settings(options, sampling.TEXT_SETTINGS),
         },
         bytes=0,
         canvas=torch.cat([question, canvas]),
