@@ -9,13 +9,13 @@ from typing import Any
 import gradio as gr
 
 from unialignment.serving.requests import TaskRequest
-from unialignment.serving.web.context import MAX_PREVIEWS, PageContext, follow, picture_path
+from unialignment.serving.web.context import PageContext, follow, picture_path
 from unialignment.serving.web.widgets import (
+    Drawn,
     Tab,
     check_prompt,
     choice_field,
     compare_slider,
-    link_query,
     link_row,
     progress,
     result_picture,
@@ -50,31 +50,14 @@ def build(ctx: PageContext) -> Tab:
             status = gr.HTML(progress(0.0, "ready"), elem_id="control-status")
             slider = compare_slider("control", "Map and picture")
             link = link_row("control")
+    drawn = Drawn(result, download, status, slider, link[0])
 
     async def draw(path: str | None, label: str, text: str, *knobs: Any) -> AsyncIterator[dict[Any, Any]]:
         path, options = picture_path(path, "a map"), settings.options(knobs)
         text = check_prompt(text, "what to draw")
-        request = TaskRequest("control", text, (path,), KINDS[label], options, client="page",
-                              previews=min(options["num_inference_steps"], MAX_PREVIEWS))  # fmt: skip
-        yield {settings.seed: options["seed"], download: gr.update(interactive=False)}
-        async for update in follow(ctx.engine, request):
-            shown: dict[Any, Any] = {status: progress(update.fraction, update.note)}
-            if update.image is not None:
-                shown[result] = update.image
-            if update.result is not None:
-                after = str((await asyncio.to_thread(ctx.save, update.result))[0])
-                compared = await asyncio.to_thread(ctx.compared, path, update.result)
-                shown |= {
-                    result: after,
-                    slider: gr.update(value=compared, visible=True),
-                    download: gr.update(value=after, interactive=True),
-                    status: progress(1.0, f"{update.note}, seed {options['seed']}"),
-                    link[0]: link_query("control", {
-                        "kind": KINDS[label], "prompt": text, "seed": options["seed"], "fresh": False,
-                        "steps": options["num_inference_steps"], "guidance_scale": options["guidance_scale"],
-                        "image_guidance_scale": options["image_guidance_scale"],
-                    }),
-                }  # fmt: skip
+        request = TaskRequest("control", text, (path,), KINDS[label], options)
+        said = {"kind": KINDS[label], "prompt": text}
+        async for shown, _ in drawn.draw(ctx, request, path, settings, said):
             yield shown
 
     async def make_map(path: str | None, label: str) -> AsyncIterator[dict[Any, Any]]:
@@ -82,7 +65,7 @@ def build(ctx: PageContext) -> Tab:
         # A mask needs the name of one object; for all of them the words are the world's.
         text = "all objects" if chosen == "segment" else None
         options = {"seed": 0}
-        async for update in follow(ctx.engine, TaskRequest("perceive", text, (path,), chosen, options, client="page")):
+        async for update in follow(ctx.engine, TaskRequest("perceive", text, (path,), chosen, options)):
             shown: dict[Any, Any] = {status: progress(update.fraction, update.note)}
             if update.result is not None:
                 shown[source] = str((await asyncio.to_thread(ctx.save, update.result))[0])
@@ -90,7 +73,7 @@ def build(ctx: PageContext) -> Tab:
 
     runs(
         draw, run, stop, [source, kind, prompt, *settings.widgets],
-        [result, download, status, slider, settings.seed, link[0]], link, status, enter=prompt,
+        [*drawn.widgets, settings.seed], link, status, enter=prompt,
     )  # fmt: skip
     runs(make_map, derive, stop, [source, kind], [source, status], link, status)
     fields = {

@@ -99,7 +99,7 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
             raise InputError("add the pictures to take subjects from first: upload, or take some from the strip")
         options = {**settings.options(knobs), "num_images_per_prompt": int(count)}
         request = TaskRequest(
-            task, check_prompt(prompt, "what to draw"), tuple(paths), options=options, client="page",
+            task, check_prompt(prompt, "what to draw"), tuple(paths), options=options,
             previews=min(options["num_inference_steps"], MAX_PREVIEWS),
         )  # fmt: skip
         yield {settings.seed: options["seed"], download: gr.update(interactive=False), every: gr.update(visible=False)}
@@ -116,9 +116,8 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
                     saved: files,
                     status: progress(1.0, f"{update.note}, seed {options['seed']}"),
                     link[0]: link_query("create", {
-                        "mode": task, "prompt": prompt, "n": count, "seed": options["seed"], "fresh": False,
-                        "steps": options["num_inference_steps"], "guidance_scale": options["guidance_scale"],
-                        "pictures": _numbers(ctx, paths),
+                        "mode": task, "prompt": prompt, "n": count, "pictures": _numbers(ctx, paths),
+                        **settings.query(options),
                     }),
                 }  # fmt: skip
             yield shown

@@ -12,14 +12,14 @@ import gradio as gr
 
 from unialignment.errors import InputError
 from unialignment.serving.requests import TaskRequest
-from unialignment.serving.web.context import MAX_PREVIEWS, PageContext, follow, picture_path
+from unialignment.serving.web.context import PageContext, picture_path
 from unialignment.serving.web.widgets import (
+    Drawn,
     Tab,
     check_prompt,
     compare_slider,
     gallery_field,
     gallery_number,
-    link_query,
     link_row,
     progress,
     result_picture,
@@ -64,6 +64,7 @@ def build(ctx: PageContext) -> Tab:
                 undo = gr.Button("Undo", size="sm", interactive=False, elem_id="edit-undo")
                 again = gr.Button("Back to the first picture", size="sm", interactive=False, elem_id="edit-reset")
             link = link_row("edit")
+    drawn = Drawn(result, download, status, slider, link[0])
     turns = gr.State([])
     # The picture that the last turn made: when the source is another one, its user has begun anew.
     made = gr.State("")
@@ -77,31 +78,13 @@ def build(ctx: PageContext) -> Tab:
         if data != last_data:
             history = []
         options = settings.options(knobs)
-        request = TaskRequest("edit", instruction, (data,), options=options, client="page",
-                              previews=min(options["num_inference_steps"], MAX_PREVIEWS))  # fmt: skip
-        yield {settings.seed: options["seed"], download: gr.update(interactive=False)}
-        async for update in follow(ctx.engine, request):
-            shown: dict[Any, Any] = {status: progress(update.fraction, update.note)}
-            if update.image is not None:
-                shown[result] = update.image
-            if update.result is not None:
-                after = str((await asyncio.to_thread(ctx.save, update.result))[0])
-                compared = await asyncio.to_thread(ctx.compared, path, update.result)
+        request = TaskRequest("edit", instruction, (data,), options=options)
+        said = {"prompt": instruction, "picture": gallery_number(ctx, path)}
+        async for shown, after in drawn.draw(ctx, request, path, settings, said):
+            if after is not None:
                 turn = Turn(data, path.rsplit("/", 1)[-1], instruction, options["seed"])
                 history = [*history, turn][-MAX_TURNS:]
-                shown |= {
-                    result: after, source: after, made: after, turns: history,
-                    slider: gr.update(value=compared, visible=True),
-                    download: gr.update(value=after, interactive=True),
-                    status: progress(1.0, f"{update.note}, seed {options['seed']}"),
-                    link[0]: link_query("edit", {
-                        "prompt": instruction, "seed": options["seed"], "fresh": False,
-                        "steps": options["num_inference_steps"], "guidance_scale": options["guidance_scale"],
-                        "image_guidance_scale": options["image_guidance_scale"],
-                        "picture": gallery_number(ctx, path),
-                    }),
-                    **_listing(history),
-                }  # fmt: skip
+                shown |= {source: after, made: after, turns: history, **_listing(history)}
             yield shown
 
     def _listing(history: list[Turn]) -> dict[Any, Any]:
@@ -124,7 +107,7 @@ def build(ctx: PageContext) -> Tab:
             status: progress(0.0, f"undone: {turn.instruction}"), **_listing(rest),
         }  # fmt: skip
 
-    outputs = [result, source, made, turns, slider, download, status, link[0], settings.seed, turns_shown, undo, again]
+    outputs = [*drawn.widgets, source, made, turns, settings.seed, turns_shown, undo, again]
     runs(edit, run, stop, [source, prompt, turns, made, *settings.widgets], outputs, link, status, enter=prompt)
     undone = [source, made, turns, prompt, result, slider, download, status, turns_shown, undo, again]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 
 from unialignment.serving.requests import TaskRequest
-from unialignment.serving.web.context import MAX_PREVIEWS, PageContext, follow, picture_path
+from unialignment.serving.web.context import PageContext, picture_path
 from unialignment.serving.web.widgets import (
+    Drawn,
     Tab,
     check_prompt,
     choice_field,
     compare_slider,
     gallery_field,
     gallery_number,
-    link_query,
     link_row,
     progress,
     result_picture,
@@ -48,33 +47,14 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
             status = gr.HTML(progress(0.0, "ready"), elem_id="perceive-status")
             slider = compare_slider("perceive", "Picture and map")
             link = link_row("perceive")
+    drawn = Drawn(result, download, status, slider, link[0])
 
     async def look(path: str | None, label: str, of: str, *knobs: Any) -> AsyncIterator[dict[Any, Any]]:
         path, chosen = picture_path(path), KINDS[label]
         text = check_prompt(of, "what to mask, for instance “the dog”,") if chosen == "segment" else None
-        options = settings.options(knobs)
-        request = TaskRequest("perceive", text, (path,), chosen, options, client="page",
-                              previews=min(options["num_inference_steps"], MAX_PREVIEWS))  # fmt: skip
-        yield {settings.seed: options["seed"], download: gr.update(interactive=False)}
-        async for update in follow(ctx.engine, request):
-            shown: dict[Any, Any] = {status: progress(update.fraction, update.note)}
-            if update.image is not None:
-                shown[result] = update.image
-            if update.result is not None:
-                after = str((await asyncio.to_thread(ctx.save, update.result))[0])
-                compared = await asyncio.to_thread(ctx.compared, path, update.result)
-                shown |= {
-                    result: after,
-                    slider: gr.update(value=compared, visible=True),
-                    download: gr.update(value=after, interactive=True),
-                    status: progress(1.0, f"{update.note}, seed {options['seed']}"),
-                    link[0]: link_query("perceive", {
-                        "kind": chosen, "of": text, "seed": options["seed"], "fresh": False,
-                        "steps": options["num_inference_steps"], "guidance_scale": options["guidance_scale"],
-                        "image_guidance_scale": options["image_guidance_scale"],
-                        "picture": gallery_number(ctx, path),
-                    }),
-                }  # fmt: skip
+        request = TaskRequest("perceive", text, (path,), chosen, settings.options(knobs))
+        said = {"kind": chosen, "of": text, "picture": gallery_number(ctx, path)}
+        async for shown, _ in drawn.draw(ctx, request, path, settings, said):
             yield shown
 
     kind.change(
@@ -83,7 +63,7 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
     )  # fmt: skip
     runs(
         look, run, stop, [source, kind, prompt, *settings.widgets],
-        [result, download, status, slider, settings.seed, link[0]], link, status, enter=prompt,
+        [*drawn.widgets, settings.seed], link, status, enter=prompt,
     )  # fmt: skip
     fields = {
         "kind": choice_field(kind, {value: label for label, value in KINDS.items()}),

@@ -58,7 +58,7 @@ def build(ctx: PageContext) -> Tab:
         path, task, options = picture_path(path), MODES[label], settings.options(knobs)
         wanted = {"answer": "a question", "infill": "a text with gaps"}
         prompt_text = check_prompt(text, wanted[task]) if task in wanted else None
-        request = TaskRequest(task, prompt_text, (path,), options=options, client="page", previews=1)
+        request = TaskRequest(task, prompt_text, (path,), options=options, previews=1)
         yield {settings.seed: options["seed"], answer: ""}
         async for update in follow(ctx.engine, request):
             shown: dict[Any, Any] = {status: progress(update.fraction, update.note)}
@@ -68,9 +68,8 @@ def build(ctx: PageContext) -> Tab:
                 shown |= {
                     answer: update.result.texts[0],
                     link[0]: link_query("understand", {
-                        "mode": task, "prompt": prompt_text, "seed": options["seed"], "fresh": False,
-                        "steps": options["num_inference_steps"], "temperature": options["temperature"],
-                        "picture": gallery_number(ctx, path),
+                        "mode": task, "prompt": prompt_text, "picture": gallery_number(ctx, path),
+                        **settings.query(options),
                     }),
                 }  # fmt: skip
             yield shown

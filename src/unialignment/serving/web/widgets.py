@@ -5,10 +5,11 @@ Knows nothing of tasks beyond their declared defaults.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import html
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlencode
@@ -16,7 +17,8 @@ from urllib.parse import urlencode
 import gradio as gr
 
 from unialignment.errors import InputError, UniAlignmentError
-from unialignment.serving.web.context import PageContext, new_seed
+from unialignment.serving.requests import TaskRequest
+from unialignment.serving.web.context import MAX_PREVIEWS, PageContext, follow, new_seed
 
 _Component = TypeVar("_Component", bound=gr.components.Component)
 MAX_STEPS = 100
@@ -107,6 +109,11 @@ class Settings:
             "num_inference_steps": int(steps),
             **{name: float(value) for name, value in zip(self.names, scales, strict=True)},
         }
+
+    def query(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What a link says of such options; :meth:`fields` reads it."""
+        scales = {name: options[name] for name in self.names}
+        return {"seed": options["seed"], "fresh": False, "steps": options["num_inference_steps"], **scales}
 
 
 def settings_panel(ctx: PageContext, task: str, names: Sequence[str] = ("guidance_scale",)) -> Settings:
@@ -330,6 +337,62 @@ def result_picture(name: str, label: str = "Result") -> tuple[gr.Image, gr.Downl
         buttons=["fullscreen"],
     )
     return image, gr.DownloadButton("Download", elem_id=f"{name}-download", interactive=False, size="sm")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Widgets of a tab that draws one picture from another.
+
+    Attributes:
+        result: The picture.
+        download: The same as a file.
+        status: The progress line.
+        slider: Source and picture laid over one another.
+        query: What the link says.
+    """
+
+    result: gr.Image
+    download: gr.DownloadButton
+    status: gr.HTML
+    slider: gr.ImageSlider
+    query: gr.Textbox
+
+    @property
+    def widgets(self) -> list[gr.components.Component]:
+        """All of them."""
+        return [self.result, self.download, self.status, self.slider, self.query]
+
+    async def draw(
+        self, ctx: PageContext, request: TaskRequest, path: str, settings: Settings, link: Mapping[str, Any]
+    ) -> AsyncIterator[tuple[dict[Any, Any], str | None]]:
+        """Run a request; widget → what it shows next, and at the end the picture's file.
+
+        Args:
+            ctx: The page.
+            request: What to draw; its options are those of ``settings``.
+            path: The source, to compare the picture with.
+            settings: The tab's sampler widgets.
+            link: What the link says beside them.
+        """
+        options = request.options
+        request = replace(request, previews=min(options["num_inference_steps"], MAX_PREVIEWS))
+        yield {settings.seed: options["seed"], self.download: gr.update(interactive=False)}, None
+        async for update in follow(ctx.engine, request):
+            shown: dict[Any, Any] = {self.status: progress(update.fraction, update.note)}
+            file = None
+            if update.image is not None:
+                shown[self.result] = update.image
+            if update.result is not None:
+                file = str((await asyncio.to_thread(ctx.save, update.result))[0])
+                compared = await asyncio.to_thread(ctx.compared, path, update.result)
+                shown |= {
+                    self.result: file,
+                    self.slider: gr.update(value=compared, visible=True),
+                    self.download: gr.update(value=file, interactive=True),
+                    self.status: progress(1.0, f"{update.note}, seed {options['seed']}"),
+                    self.query: link_query(request.task, {**link, **settings.query(options)}),
+                }
+            yield shown, file
 
 
 def compare_slider(name: str, label: str) -> gr.ImageSlider:
