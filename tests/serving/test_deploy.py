@@ -74,6 +74,20 @@ def test_unknown_arguments_are_refused() -> None:
         ray_app.RayArguments(engine={"max_que": 2}).server_settings()
 
 
+def test_what_can_not_work_on_ray_is_said_before_it_starts() -> None:
+    ray = pytest.importorskip("ray", reason="Ray Serve is an extra")
+    from unialignment.errors import CheckpointError, InputError
+    from unialignment.serving import ray_app
+
+    for error, words, arguments in (
+        (InputError, "URLs", {"server": {"allow_urls": True}}),
+        (CheckpointError, "no/such/folder", {"model": "./no/such/folder"}),
+    ):
+        with pytest.raises(error, match=words):
+            ray_app.start(ray_app.RayArguments(**arguments), "127.0.0.1", 0)
+    assert not ray.is_initialized()
+
+
 def test_autoscaling_is_on_when_there_is_room_for_it() -> None:
     pytest.importorskip("ray", reason="Ray Serve is an extra")
     from unialignment.serving import ray_app

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from unialignment.errors import InputError
+from unialignment.model.folders import resolve_model
 from unialignment.serving.remote import ModelFacts, RemoteEngine, Request
 from unialignment.serving.requests import EngineSettings, Event, Failed, ServingError
 from unialignment.serving.settings import ServerSettings, keys_from
@@ -85,8 +86,10 @@ class RayArguments(BaseModel, extra="forbid"):
         """Settings of the HTTP side; API keys come from ``UNIALIGN_API_KEYS`` of the machine that runs it.
 
         Raises:
-            InputError: A limit is unknown.
+            InputError: A limit is unknown, or URLs are allowed, which replicas don't fetch.
         """
+        if self.server.get("allow_urls"):
+            raise InputError("pictures from URLs are not fetched on Ray; leave allow_urls (--allow-urls) out")
         try:
             engine = EngineSettings(**self.engine)
             return replace(ServerSettings(api_keys=keys_from(), web=self.web, engine=engine), **self.server)
@@ -256,13 +259,22 @@ def start(args: RayArguments, host: str, port: int, *, blocking: bool = True) ->
         host: Address to listen on.
         port: TCP port.
         blocking: Whether to stay until interrupted.
+
+    Raises:
+        UniAlignmentError: An argument is unusable, or replicas could not be started.
     """
+    application = build(args)
+    if not os.environ.get("RAY_ADDRESS"):  # other machines may have other folders
+        resolve_model(args.model)
     if not ray.is_initialized():
         # Replicas reserve CPUs as promises to the scheduler, not as hardware: two replicas may share one core.
         cpus = None if os.environ.get("RAY_ADDRESS") else max(os.cpu_count() or 1, int(args.replicas * args.cpus) + 1)
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
     serve.start(http_options={"host": host, "port": port}, logging_config={"enable_access_log": False})
-    serve.run(build(args), name=APP_NAME, route_prefix="/", blocking=blocking)
+    try:
+        serve.run(application, name=APP_NAME, route_prefix="/", blocking=blocking)
+    except RuntimeError as error:
+        raise ServingError(f"{error} Ray's logs say why, on this machine under /tmp/ray/session_latest/logs") from error
 
 
 def stop() -> None:
