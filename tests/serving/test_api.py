@@ -7,7 +7,7 @@ import io
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,11 +17,13 @@ openai = pytest.importorskip("openai", reason="the extra 'eval' is not installed
 
 from PIL import Image  # noqa: E402
 
+from unialignment.diffusion.solvers import SOLVERS  # noqa: E402
 from unialignment.serving.app import create_app  # noqa: E402
 from unialignment.serving.chat_api import cut, task_of  # noqa: E402
 from unialignment.serving.engine import Engine, EngineSettings  # noqa: E402
 from unialignment.serving.images_api import perception_of  # noqa: E402
 from unialignment.serving.pictures import drawn_size  # noqa: E402
+from unialignment.serving.schemas import Solver  # noqa: E402
 from unialignment.serving.server import BackgroundServer  # noqa: E402
 from unialignment.serving.settings import ServerSettings  # noqa: E402
 from unialignment.tasks import TASKS  # noqa: E402
@@ -93,6 +95,15 @@ def test_generate_several_with_settings(client: Any, pipe: Any) -> None:
     expected = pipe.generate("a dog", seed=3, num_images_per_prompt=3, **options).images
     for data, image in zip(answer.data, expected, strict=True):
         assert_same(picture(data), image)
+
+
+def test_every_solver_can_be_asked_for(client: Any, pipe: Any, images: list[Image.Image]) -> None:
+    assert get_args(Solver) == SOLVERS
+    options = {"seed": 3, "num_inference_steps": 3, "solver": "dpmpp"}
+    drawn = client.images.generate(prompt="a dog", extra_body=options)
+    assert_same(picture(drawn.data[0]), pipe.generate("a dog", **options).images[0])
+    edited = client.images.edit(image=png(images[0]), prompt="a blue dog", extra_body=options)
+    assert_same(picture(edited.data[0]), pipe.edit("a blue dog", images[0], **options).images[0])
 
 
 def test_the_sizes_that_applications_ask_for(client: Any, pipe: Any) -> None:

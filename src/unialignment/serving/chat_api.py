@@ -47,7 +47,7 @@ def task_of(text: str) -> str:
     return "caption" if not plain or _DESCRIBE.fullmatch(plain) else "answer"
 
 
-def _prepare(service: Service, body: ChatBody, client: str) -> _Talk:
+def _prepare(service: Service, body: ChatBody) -> _Talk:
     service.check_model(body.model)
     count = service.check_count(body.n)
     for name in ("tools", "functions", "logprobs", "audio"):
@@ -85,7 +85,7 @@ def _prepare(service: Service, body: ChatBody, client: str) -> _Talk:
         TaskRequest(
             task, prompt, (picture,), "",
             {**options, **({} if body.seed is None else {"seed": body.seed + index})},
-            body.priority, body.timeout, int(bool(body.stream)), client,
+            body.priority, body.timeout, int(bool(body.stream)),
         )
         for index in range(count)
     )  # fmt: skip
@@ -133,7 +133,7 @@ async def complete(request: Request, body: ChatBody) -> Any:
     """Describe a picture, answer a question about it, or fill the gaps (``___``) of a text about it."""
     service: Service = request.app.state.service
     model = service.check_model(body.model)
-    talk = _prepare(service, body, request.client.host if request.client else "")
+    talk = _prepare(service, body)
     handles = await service.submit_all(talk.requests)
     if body.stream:
         return _stream(service, body, talk, model, handles)

@@ -49,8 +49,7 @@ async def embed(request: Request, body: EmbeddingBody) -> Any:
             texts.append(service.check_text(text, "input"))
     if len(images) > service.settings.max_images:
         raise APIError(400, f"at most {service.settings.max_images} pictures a request", "invalid_value", "input")
-    client = request.client.host if request.client else ""
-    handle = await service.submit(EmbedRequest(tuple(texts), tuple(images), body.priority, body.timeout, client))
+    handle = await service.submit(EmbedRequest(tuple(texts), tuple(images), body.priority, body.timeout))
     (vectors,) = await service.finished(request, [handle])
     if body.dimensions not in (None, vectors.shape[1]):
         message = f"this model's vectors have {vectors.shape[1]} dimensions, which can't be changed"

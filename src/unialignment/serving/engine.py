@@ -9,7 +9,6 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import threading
@@ -140,7 +139,7 @@ class Engine:
                 limit = min(request.timeout, self.settings.timeout)
             deadline = None if limit is None else handle.submitted + limit
             target = "embed" if isinstance(plan, EmbedPlan) else plan.task.target
-            heapq.heappush(self._queue, _Waiting(-request.priority, handle.id, handle, plan, deadline, target))
+            self._queue.append(_Waiting(-request.priority, handle.id, handle, plan, deadline, target))
             self._counts["submitted"] += 1
             self._lock.notify_all()
         return handle
@@ -204,7 +203,6 @@ class Engine:
             found = next((one for one in self._queue if one.handle is handle), None)
             if found is not None:
                 self._queue.remove(found)
-                heapq.heapify(self._queue)
                 self._end(found.handle, RequestCancelledError("the request was cancelled"))
             self._lock.notify_all()
 
@@ -218,7 +216,6 @@ class Engine:
         now = time.monotonic()
         for waiting in [one for one in self._queue if one.deadline is not None and one.deadline < now]:
             self._queue.remove(waiting)
-            heapq.heapify(self._queue)
             self._end(waiting.handle, _late(waiting))
         for job in list(self._scheduler.jobs):
             entry = self._entries[id(job)]
@@ -258,7 +255,6 @@ class Engine:
             self._entries[id(job)] = waiting
             self._reserved += waiting.plan.bytes
             self._scheduler.jobs.append(job)
-        heapq.heapify(self._queue)
 
     # ------------------------------------------------------------------------------------------------------ the thread
 

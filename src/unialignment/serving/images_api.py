@@ -16,7 +16,16 @@ from unialignment.outputs import ImageResult
 from unialignment.serving.engine import Done, Handle, Preview, TaskRequest
 from unialignment.serving.errors import APIError
 from unialignment.serving.pictures import drawn_size, encode, parse_size, resized
-from unialignment.serving.schemas import DrawingOptions, ErrorBody, GenerationBody, ImageData, ImagesResponse, Usage
+from unialignment.serving.schemas import (
+    DrawingOptions,
+    ErrorBody,
+    GenerationBody,
+    ImageData,
+    ImagesResponse,
+    OutputFormat,
+    Solver,
+    Usage,
+)
 from unialignment.serving.service import Service, following, guarded
 from unialignment.tasks import Task
 
@@ -68,7 +77,6 @@ def _prepare(
     prompt: str | None,
     images: tuple[bytes, ...] = (),
     kind: str | None = "",
-    client: str = "",
 ) -> _Drawing:
     service.check_model(body.model)
     count = service.check_count(body.n)
@@ -93,7 +101,7 @@ def _prepare(
     return _Drawing(
         TaskRequest(
             task, prompt, images, kind, options, body.priority, body.timeout,
-            (body.partial_images or 0) if body.stream else 0, client,
+            (body.partial_images or 0) if body.stream else 0,
         ),
         size, body.output_format, body.output_compression,
         "image_edit" if images else "image_generation",
@@ -174,12 +182,8 @@ def _stream(service: Service, drawing: _Drawing, handle: Handle) -> StreamingRes
 async def generate(request: Request, body: GenerationBody) -> Any:
     """Draw pictures from text."""
     service = _service(request)
-    drawing = _prepare(service, body, "generate", body.prompt, client=_client(request))
+    drawing = _prepare(service, body, "generate", body.prompt)
     return await _answer(request, service, drawing, bool(body.stream))
-
-
-def _client(request: Request) -> str:
-    return request.client.host if request.client else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- edits
@@ -256,7 +260,7 @@ async def edit(
     width: Annotated[int | None, Form(ge=1)] = None,
     height: Annotated[int | None, Form(ge=1)] = None,
     response_format: Annotated[str | None, Form()] = None,
-    output_format: Annotated[Literal["png", "jpeg", "webp"], Form()] = "png",
+    output_format: Annotated[OutputFormat, Form()] = "png",
     output_compression: Annotated[int | None, Form(ge=0, le=100)] = None,
     stream: Annotated[bool, Form()] = False,
     partial_images: Annotated[int | None, Form(ge=0, le=3)] = None,
@@ -266,7 +270,7 @@ async def edit(
     image_guidance_scale: Annotated[float | None, Form(ge=0)] = None,
     negative_prompt: Annotated[str | None, Form()] = None,
     fit: Annotated[Literal["crop", "pad"] | None, Form()] = None,
-    solver: Annotated[Literal["euler", "heun"] | None, Form()] = None,
+    solver: Annotated[Solver | None, Form()] = None,
     best_of: Annotated[int | None, Form(ge=1)] = None,
     best_of_text: Annotated[str | None, Form(description="What best_of compares pictures with.")] = None,
     priority: Annotated[int, Form(ge=-10, le=10)] = 0,
@@ -279,7 +283,8 @@ async def edit(
     if "mask" in form or "mask[]" in form:
         message = "masks are not supported; say in the prompt what to change"
         raise APIError(400, message, "invalid_value", "mask")
-    unknown = sorted(set(form) - _FIELDS - _WITHOUT_EFFECT)
+    known = {field.alias for field in request.scope["route"].dependant.body_params}
+    unknown = sorted(set(form) - known - _WITHOUT_EFFECT)
     if unknown:
         name = unknown[0][:60]
         raise APIError(400, f"unknown parameter {name!r}; see /docs for those that exist", "unknown_parameter", name)
@@ -307,15 +312,8 @@ async def edit(
         field = str(first["loc"][0]) if first["loc"] else None
         raise APIError(400, f"{field}: {first['msg']}", "invalid_value", field) from None
     images = tuple([await file.read() for file in files])
-    drawing = _prepare(service, body, chosen, text, images, chosen_kind, _client(request))
+    drawing = _prepare(service, body, chosen, text, images, chosen_kind)
     return await _answer(request, service, drawing, stream)
 
 
-_FIELDS = {
-    *("prompt", "image", "image[]", "task", "kind", "model", "n", "size", "width", "height", "response_format"),
-    *("output_format", "output_compression", "stream", "partial_images", "seed", "num_inference_steps"),
-    *("guidance_scale", "image_guidance_scale", "negative_prompt", "fit", "solver", "best_of", "best_of_text"),
-    *("priority", "timeout"),
-    "background",
-}
 _WITHOUT_EFFECT = {"quality", "user", "input_fidelity", "moderation", "safety_identifier", "complexity", "style"}

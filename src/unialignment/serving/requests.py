@@ -60,7 +60,6 @@ class TaskRequest:
         timeout: Seconds from submission after which it fails with :class:`DeadlineError`; ``None``: the engine's.
         previews: Previews wanted of each picture, evenly spaced over the steps; for texts any number above 0 asks for
             the text after every step.
-        client: Who asks, for the log; has no effect.
     """
 
     task: str
@@ -71,7 +70,6 @@ class TaskRequest:
     priority: int = 0
     timeout: float | None = None
     previews: int = 0
-    client: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,12 @@ class EmbedRequest:
         images: Any number of pictures, as for :class:`TaskRequest`.
         priority: See :class:`TaskRequest`.
         timeout: See :class:`TaskRequest`.
-        client: See :class:`TaskRequest`.
     """
 
     texts: tuple[str, ...] = ()
     images: tuple[ImageInput, ...] = ()
     priority: int = 0
     timeout: float | None = None
-    client: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Requests join between two rounds and leave as soon as they are done. Runs in one
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from unialignment.pipeline import UniAlignmentPipeline
 
 Item = TypeVar("Item")
-log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -211,7 +209,6 @@ class Scheduler:
                 for (job, _), vector in zip(pictures, vectors, strict=True):
                     job.images.append(vector)
         except Exception as error:  # inputs were checked before, so this is the engine's trouble, not one request's
-            log.exception("embedding failed")
             for job in jobs:
                 self._fail(job, error)
         for job in jobs:

@@ -15,6 +15,7 @@ Seed = Annotated[int | None, Field(ge=0, le=2**62, description="Repeatable resul
 Priority = Annotated[int, Field(ge=-10, le=10, description="Higher ones leave the queue first.")]
 Timeout = Annotated[float | None, Field(ge=0.001, le=3600, description="Seconds until the request fails.")]
 OutputFormat = Literal["png", "jpeg", "webp"]
+Solver = Literal["euler", "heun", "dpmpp"]
 
 
 class Strict(BaseModel):
@@ -55,7 +56,7 @@ class DrawingOptions(Sampling):
     stream: bool | None = False
     partial_images: int | None = Field(None, ge=0, le=3, description="Previews in a stream.")
     guidance_interval: tuple[float, float] | None = Field(None, description="Noise levels 0–1 with guidance.")
-    solver: Literal["euler", "heun"] | None = None
+    solver: Solver | None = None
     shift: float | None = Field(None, gt=0)
     best_of: int | None = Field(None, ge=1, description="Draw so many and keep the n most similar to the prompt.")
     best_of_text: str | None = Field(None, description="What best_of compares pictures with, instead of the prompt.")
