@@ -19,7 +19,7 @@ from torch import nn
 from unialignment.errors import InputError
 
 ENTRANCES: dict[str, tuple[str, ...]] = {
-    "transformer": ("prefill", "denoise", "embed", "time_modulation"),
+    "transformer": ("prefill", "denoise", "embed", "time_modulation", "fuse_projections"),
     "text_embedder": ("embed",),
     "autoencoder": ("encode", "decode"),
 }
@@ -54,6 +54,21 @@ class Offload:
         self._undo.clear()
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device by name, once a tensor could be made on it.
+
+    Raises:
+        InputError: It can't be used here.
+    """
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or ["unknown"])[0]
+        raise InputError(f"device {str(device)!r} can't be used here: {reason[:120]}") from error
+    return target
+
+
 def accelerator(device: str | torch.device | None, what: str) -> torch.device:
     """The device to offload from: the one given, or the accelerator that there is.
 
@@ -68,12 +83,7 @@ def accelerator(device: str | torch.device | None, what: str) -> torch.device:
                 'out, or lower memory by dtype="bfloat16", quantize or drop_text_encoder'
             )
         device = found
-    try:
-        target = torch.device(device)
-        return torch.empty(0, device=target).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        raise InputError(f"device {str(device)!r} can't be used here: {reason[:120]}") from error
+    return torch.empty(0, device=usable_device(device)).device
 
 
 def model_offload(components: Mapping[str, nn.Module], device: torch.device) -> Offload:
@@ -153,7 +163,7 @@ def sequential_offload(components: Mapping[str, nn.Module], device: torch.device
             part.to(device)
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(device)
-        _without_blocks_ahead(offload, module)
+        _without_blocks_ahead(module)
     return offload
 
 
@@ -215,7 +225,7 @@ def group_offload(
         )
         offload._undo.append(partial(detach, module, path))
         if name == "transformer":
-            _without_blocks_ahead(offload, module)
+            _without_blocks_ahead(module)
     return offload
 
 
@@ -236,10 +246,10 @@ def _fetch(module: nn.Module) -> None:
             hook.group.onload_()
 
 
-def _without_blocks_ahead(offload: Offload, transformer: nn.Module) -> None:
-    """What the time contributes is computed block by block, not for all blocks ahead, which aren't there."""
-    transformer.time_modulation = lambda *_, **__: None  # type: ignore[assignment]
-    offload._undo.append(lambda: transformer.__dict__.pop("time_modulation", None))
+def _without_blocks_ahead(transformer: nn.Module) -> None:
+    """Nothing is prepared for all blocks ahead, which aren't there: neither the time's share nor fused weights."""
+    for name in ("time_modulation", "fuse_projections"):
+        setattr(transformer, name, lambda *_, **__: None)  # in place of entrances, which are closed at the end
 
 
 def _open(offload: Offload, name: str, module: nn.Module) -> None:
@@ -264,7 +274,7 @@ def _open(offload: Offload, name: str, module: nn.Module) -> None:
 
         return enter
 
-    module.forward = forward  # type: ignore[assignment]
+    module.forward = forward
     names = [method for method in ENTRANCES[name] if hasattr(cls, method)]
     for method in names:
         setattr(module, method, entrance(method))

@@ -16,11 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from unialignment.errors import InputError
+from unialignment.model.blocks import forget_fused
 from unialignment.model.lora import LoraReport, adapter_names, load_lora
 from unialignment.model.quantization import is_quantized, refuse_quantized
 from unialignment.model.text import T5TextEmbedder
 from unialignment.model.transformer import UniAlignmentTransformer
-from unialignment.offloading import Offload, accelerator, group_offload, model_offload, sequential_offload
+from unialignment.offloading import (
+    Offload,
+    accelerator,
+    group_offload,
+    model_offload,
+    sequential_offload,
+    usable_device,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REMEMBERED = 64
@@ -85,6 +93,7 @@ class Placement:
     @text_embedder.setter
     def text_embedder(self, module: Any) -> None:
         self._text_embedder = module
+        self._remembered.clear()
 
     def _load(self, name: str) -> Any:
         loader = self._loaders.get(name)
@@ -288,9 +297,7 @@ class Placement:
         if self._drops:
             raise InputError("offloading and drop_text_encoder exclude each other; drop_text_encoder(False) before it")
         self.disable_offload()
-        for part in self.transformer.modules():
-            if isinstance(vars(part).get("_fused"), dict):  # a second hold on the memory that is to be freed
-                vars(part)["_fused"].clear()
+        forget_fused(self.transformer)
         self._offload = start()
 
     def disable_offload(self) -> None:
@@ -371,8 +378,7 @@ class Placement:
             CheckpointError: The file is unusable; the model is then as before.
             InputError: The name is taken, the scale isn't a number, or weights are quantized.
         """
-        if not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
-            raise InputError(f"the scale of a LoRA must be a number, got {scale!r}")
+        _check_scale(scale)
         refuse_quantized(self._transformer, "a LoRA")
         with self._without_offload():
             report = load_lora(self.transformer, path, scale, name)
@@ -384,8 +390,9 @@ class Placement:
         """Change the strength of a LoRA in use.
 
         Raises:
-            InputError: There is none of that name.
+            InputError: There is none of that name, or the scale isn't a number.
         """
+        _check_scale(scale)
         self._lora(name)
         found = self.loras[name]
         self.loras[name] = LoadedLora(found.path, float(scale), found.report)
@@ -433,13 +440,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        raise InputError(f"device {str(device)!r} can't be used here: {reason[:120]}") from error
-    return target
+    return usable_device(device)
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -455,6 +456,11 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype in DTYPES.values():
         return dtype  # type: ignore[return-value]
     raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def _check_scale(scale: float) -> None:
+    if not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
+        raise InputError(f"the scale of a LoRA must be a number, got {scale!r}")
 
 
 def _to(module: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
@@ -480,8 +486,7 @@ def _empty(module: nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
-        if isinstance(vars(part).get("_fused"), dict):
-            vars(part)["_fused"].clear()
+    forget_fused(module)
 
 
 def _free() -> None:

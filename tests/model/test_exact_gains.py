@@ -143,6 +143,7 @@ def test_changed_weights_are_noticed(model: UniAlignmentTransformer, change: str
     model.fuse_projections()
     if change == "copy":
         model = copy.deepcopy(model)
+        assert not model.transformer_blocks[1].attn._fused, "memory that nothing uses"
     attention = model.transformer_blocks[1].attn
     if change == "assign":
         attention.to_v.weight.data = attention.to_v.weight.data * 2

@@ -165,6 +165,7 @@ def test_offloaded_results_are_the_same(kind: str, published_folder: Path, expec
                 for tensor in tensors_of(module):
                     tensor.data.fill_(torch.nan)
     assert same(results(pipe), expected)
+    assert not any(block.attn._fused for block in pipe.transformer.transformer_blocks), "a second hold on weights"
     pipe.disable_offload()
     assert {type(module).__name__ for module in (pipe.transformer, pipe.autoencoder)} == {
         "UniAlignmentTransformer",
@@ -373,6 +374,8 @@ def test_a_lora_at_inference(published_folder: Path, lora_file: Path, tmp_path: 
         pipe.set_lora_scale(1.0)
     with pytest.raises(InputError, match="must be a number"):
         pipe.load_lora(lora_file, float("nan"))
+    with pytest.raises(InputError, match="must be a number"):
+        pipe.set_lora_scale("strong")
     with pytest.raises(CheckpointError, match="no LoRA at"):
         pipe.load_lora(tmp_path / "absent.safetensors")
     assert results(pipe) == expected

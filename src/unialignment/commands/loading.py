@@ -69,6 +69,7 @@ def load_pipeline(args: argparse.Namespace) -> UniAlignmentPipeline:
         CheckpointError: The model or a LoRA is unusable.
     """
     import unialignment
+    from unialignment.offloading import accelerator
 
     given: dict[str, Any] = vars(args)
     loras = [parse_lora(text) for text in given.get("lora") or []]
@@ -81,6 +82,8 @@ def load_pipeline(args: argparse.Namespace) -> UniAlignmentPipeline:
         raise InputError(
             "--lora needs plain weights; write a model with it by `unialign merge`, or leave out --quantize"
         )
+    if offload:
+        accelerator(args.device, f"{offload} offload")  # before anything is read
     pipe = unialignment.load(
         args.model,
         device="cpu" if offload else args.device,

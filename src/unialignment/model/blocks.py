@@ -167,6 +167,13 @@ def project_heads(x: Tensor, linears: tuple[nn.Linear, ...], heads: int, fused: 
     return [piece.transpose(1, 2) for piece in joined.unbind(2)]
 
 
+def forget_fused(module: nn.Module) -> None:
+    """Let go of what was fused anywhere in a module: a second hold on memory that is to be freed."""
+    for part in module.modules():
+        if isinstance(part, JointAttention):
+            part._fused = {}
+
+
 class JointAttention(nn.Module):
     """Query, key, value and output projections of both streams.
 
@@ -208,6 +215,10 @@ class JointAttention(nn.Module):
         # A move or cast makes new parameters; what was fused would only hold on to the old memory.
         self._fused = {}
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's layers have memory of their own; what was fused would be copied beside it for nothing.
+        return {**super().__getstate__(), "_fused": {}}
 
     def project(self, stream: Stream, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[B, N, D]`` to query, key and value, each ``[B, heads, N, head_dim]``."""

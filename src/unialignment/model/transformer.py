@@ -393,7 +393,8 @@ class UniAlignmentTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # typ
 
         Prompts are padded to a multiple of ``bucket`` tokens from here on (masked: results stay the same), so that
         their lengths don't ask for compilations of their own. PyTorch keeps compiled code on disk between processes
-        (``TORCHINDUCTOR_CACHE_DIR``).
+        (``TORCHINDUCTOR_CACHE_DIR``). Compiled code can't notice weights that were replaced (rather than written to):
+        call :meth:`fuse_projections` after that, as the pipeline does before every batch.
 
         Args:
             bucket: Tokens.
