@@ -186,6 +186,10 @@ def test_a_start_in_little_memory(sd3_folder: Path) -> None:
     for prompt in ("a red dog", "a blue cat"):
         wanted, found = (one.generate(prompt, **options).images[0].tobytes() for one in (expected, pipe))
         assert found == wanted
+    late = unialignment.load(sd3_folder, device="cpu", drop_text_encoder=True)
+    assert all(tensor.is_meta for tensor in tensors_of(late._transformer))
+    assert late.initialisation == expected.initialisation
+    assert late.generate("a blue cat", **options).images[0].tobytes() == wanted
     memory = folder_memory(sd3_folder, torch.float32)
     parts = {name: getattr(expected, name) for name in memory.weights}
     assert {name: size_of(tensors_of(part)) for name, part in parts.items()} == pytest.approx(memory.weights, rel=0.01)

@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import unialignment
 from unialignment.errors import CheckpointError, InputError
-from unialignment.model.published import load_mask_embedding, load_published, load_t5_tokenizer, scheduler_shift
+from unialignment.model.published import (
+    LoadOptions,
+    load_mask_embedding,
+    load_published,
+    load_t5_tokenizer,
+    scheduler_shift,
+)
 from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.pipeline import UniAlignmentPipeline
 
@@ -170,7 +176,7 @@ def test_either_name_of_the_tied_table_will_do(folder: Path, dtype: torch.dtype)
     table = state.pop("shared.weight")
     for names in (["encoder.embed_tokens.weight"], ["encoder.embed_tokens.weight", "shared.weight"]):
         save_file({**state, **{name: table.clone() for name in names}}, path)
-        encoder = load_published(folder, dtype).components["text_embedder"].encoder
+        encoder = load_published(folder, LoadOptions(dtype)).components["text_embedder"].encoder
         assert encoder.get_input_embeddings() is encoder.shared
         assert encoder.encoder.get_input_embeddings() is encoder.shared
         assert torch.equal(encoder.shared.weight, table.to(dtype))

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unialignment.errors import CheckpointError
+from unialignment.errors import CheckpointError, InputError
 from unialignment.model.checkpoints import find_weights, name_list, read_json
 from unialignment.model.published import (
     LoadedModel,
+    LoadOptions,
     assemble,
     check_class,
     empty_transformer,
@@ -137,7 +138,7 @@ def initialise_from_sd3(
     return model.eval(), report
 
 
-def load_sd3(folder: str | Path, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> LoadedModel:
+def load_sd3(folder: str | Path, options: LoadOptions | None = None, *, seed: int = 0) -> LoadedModel:
     """Load a Stable Diffusion 3 or 3.5 pipeline folder as the start of a model of ours.
 
     The T5 encoder (``text_encoder_3``, ``tokenizer_3``) is the text embedder, with ``<extra_id_0>``'s own embedding for
@@ -145,8 +146,13 @@ def load_sd3(folder: str | Path, dtype: torch.dtype = torch.float32, *, seed: in
 
     Raises:
         CheckpointError: Something is missing, damaged, or doesn't belong with the rest.
+        InputError: Quantized weights are asked for.
     """
-    folder = Path(folder)
+    folder, chosen = Path(folder), options or LoadOptions()
+    if chosen.quantize:
+        raise InputError(
+            f"{folder} is only a start for training, which needs plain weights; leave quantize out, or save it first"
+        )
     if not (folder / "text_encoder_3").is_dir():
         raise CheckpointError(f"{folder} has no text_encoder_3 (T5), which reads all texts here; get it too")
     tokenizer = load_t5_tokenizer(folder / "tokenizer_3")
@@ -155,15 +161,17 @@ def load_sd3(folder: str | Path, dtype: torch.dtype = torch.float32, *, seed: in
     vae = load_vae(folder / "vae", int(config.get("in_channels", 16)))
 
     def initial() -> tuple[UniAlignmentTransformer, Initialisation]:
-        return initialise_from_sd3(folder / "transformer", vocab_size=len(tokenizer), seed=seed, dtype=dtype)
+        return initialise_from_sd3(folder / "transformer", vocab_size=len(tokenizer), seed=seed, dtype=chosen.dtype)
 
     transformer, report = initial()
-    encoder = load_text_encoder(folder / "text_encoder_3", width, dtype)
+    if chosen.lazy:  # what became of its tensors is known; they are read again when they are needed
+        transformer = empty_transformer(sd3_settings(folder / "transformer", vocab_size=len(tokenizer)), folder).eval()
+    encoder = load_text_encoder(folder / "text_encoder_3", width, chosen.dtype)
     loaded = assemble(folder, transformer, encoder, tokenizer, vae, None)
     logger.warning("%s is a starting point, not a trained model: %s", folder, report.summary())
 
     def embedder() -> T5TextEmbedder:
-        encoder = load_text_encoder(folder / "text_encoder_3", width, dtype)
+        encoder = load_text_encoder(folder / "text_encoder_3", width, chosen.dtype)
         return T5TextEmbedder(encoder, tokenizer.mask_token_id).eval()
 
     return replace(

@@ -9,9 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from unialignment.errors import CheckpointError, InputError
+from unialignment.errors import CheckpointError
 from unialignment.model.checkpoints import read_json
 from unialignment.model.folders import INDEX_NAME, load_folder, verify_checksums
 from unialignment.model.initialise import SD3_CLASS, load_sd3
@@ -66,33 +64,22 @@ def load_model_tokenizer(folder: str | Path) -> TextTokenizer:
     return load_t5_tokenizer(folder / "tokenizer", transformer_settings(folder / "transformer").get("vocab_size"))
 
 
-def load_model(
-    folder: str | Path,
-    names: Iterable[str],
-    dtype: torch.dtype = torch.float32,
-    options: LoadOptions | None = None,
-) -> LoadedModel:
+def load_model(folder: str | Path, names: Iterable[str], options: LoadOptions | None = None) -> LoadedModel:
     """Load a model folder of any layout.
 
     Args:
         folder: On disk.
         names: Components that a folder of ours must have.
-        dtype: Of large components, which are then never in memory in another.
-        options: More than the dtype, which then comes from here.
+        options: How large components are loaded, which are then never in memory in another type; in float32 unless
+            given.
 
     Raises:
         CheckpointError: Something is missing, damaged, unsafe or of a class that isn't known; nothing is returned.
         InputError: The options can't be had here.
     """
-    folder, chosen = Path(folder), options or LoadOptions(dtype)
+    folder = Path(folder)
     layout = folder_layout(folder)
     if layout == "unialignment":
-        return load_folder(folder, names, options=chosen)
+        return load_folder(folder, names, options=options)
     verify_checksums(folder)
-    if layout == "published":
-        return load_published(folder, options=chosen)
-    if chosen.quantize:
-        raise InputError(
-            f"{folder} is only a start for training, which needs plain weights; leave quantize out, or save it first"
-        )
-    return load_sd3(folder, chosen.dtype)
+    return load_published(folder, options) if layout == "published" else load_sd3(folder, options)

@@ -474,20 +474,17 @@ def assemble(
     )
 
 
-def load_published(
-    folder: str | Path, dtype: torch.dtype = torch.float32, options: LoadOptions | None = None
-) -> LoadedModel:
+def load_published(folder: str | Path, options: LoadOptions | None = None) -> LoadedModel:
     """Load a published pipeline folder.
 
     Args:
         folder: See the module's description.
-        dtype: Of the transformer and the text encoder; the autoencoder is float32.
-        options: More than the dtype, which then comes from here.
+        options: How transformer and text encoder are loaded, in float32 unless given; the autoencoder is in float32.
 
     Raises:
         CheckpointError: Something is missing, damaged, unsafe, or doesn't belong with the rest; nothing is returned.
     """
-    folder, chosen = Path(folder), options or LoadOptions(dtype)
+    folder, chosen = Path(folder), options or LoadOptions()
     # What is cheap to check comes first: a wrong folder is refused before gigabytes are read.
     settings = check_transformer(folder / "transformer")
     tokenizer = load_t5_tokenizer(folder / "tokenizer", int(settings.get("vocab_size", 0)))
