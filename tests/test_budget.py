@@ -100,8 +100,9 @@ def test_a_refusal_says_what_would_be_needed(folder: Path) -> None:
     needed = re.search(r"needs ([\d.]+) MiB", str(refused.value))
     assert needed is not None
     assert choose(folder, int((float(needed[1]) + 0.1) * 2**20), CPU).drop_text_encoder
-    with pytest.raises(InputError, match="is not a size"):
-        unialignment.load(folder, max_memory="plenty")
+    for nonsense in ("plenty", 0, float("nan")):
+        with pytest.raises(InputError, match="is not a size"):
+            unialignment.load(folder, max_memory=nonsense)
 
 
 def test_a_refusal_names_quantizing_where_it_would_help() -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -156,8 +156,6 @@ def _all_quantized(large: bool) -> dict[str, str]:
 
 def _fill(choice: MemoryChoice, memory: InferenceMemory) -> MemoryChoice:
     """As many samples at once as there is room for; the autoencoder takes them one by one."""
-    from dataclasses import replace
-
     growing = max(memory.working[name] for name in ("text", "denoise", "write"))
     fixed = sum(memory.weights.values())
     count = max(1, min(MOST_AT_ONCE, (choice.budget - fixed) // max(growing, 1)))

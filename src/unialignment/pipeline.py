@@ -162,7 +162,7 @@ class UniAlignmentPipeline(Placement):
         if max_memory is not None:
             choice = choose(
                 folder,
-                parse_size(max_memory) if isinstance(max_memory, str) else max_memory,
+                parse_size(max_memory),
                 target,
                 dtype=None if dtype is None else arithmetic,
                 quantize=bits,

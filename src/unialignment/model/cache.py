@@ -163,18 +163,14 @@ class ConditionCache:
                 for name in ("keys", "values")
             )
             return ConditionCache(tuple(keys), tuple(values), mask, TransformerOutput(), aligned)
-        pending: list[list[tuple[Tensor, Tensor] | None]] = [
-            list(zip(cache.keys, cache.values, strict=True)) for cache in caches
-        ]
+        pending = [list(zip(cache.keys, cache.values, strict=True)) for cache in caches]
         if consume:
             parts.clear()
             del caches
         made = []
-        for i in layers:
-            found = [pair for pairs in pending if (pair := pairs[i]) is not None]
+        for _ in layers:
+            found = [pairs.pop(0) for pairs in pending]
             made.append((joined([key for key, _ in found]), joined([value for _, value in found])))
-            for pairs in pending:
-                pairs[i] = None
         buffers = tuple(made)
         return ConditionCache(
             tuple(key[:, :, :length] for key, _ in buffers),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,8 +39,6 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, sizes in bytes."""
-        from dataclasses import asdict
-
         return asdict(self)
 
     def lines(self) -> list[str]:
