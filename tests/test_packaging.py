@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 import unialignment
 
-EXTRAS = {"train", "world", "serve", "web", "ray", "quantize", "eval", "bench", "dev"}
+EXTRAS = {"train", "world", "serve", "web", "ray", "quantize", "eval", "dev"}
 INSTALLED_BY_MAKE = ("train", "world", "eval", "serve", "web", "quantize", "dev")
 WEIGHTS_LIMIT = 40 * 10**6
 
