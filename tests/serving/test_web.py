@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import tempfile
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -235,6 +237,13 @@ def test_the_page_is_served_and_asks_nobody_else(pages) -> None:
 def test_files_outside_are_not_served(pages) -> None:
     for path in ("/etc/passwd", str(Path(__file__).resolve()), "../../../etc/passwd"):
         assert pages[0].get(f"/ui/gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_uploads_lie_in_a_folder_of_this_server(pages) -> None:
+    (path,) = pages[0].post("/ui/gradio_api/upload", files={"files": ("a.png", b"x", "image/png")}).json()
+    assert Path(os.environ["GRADIO_TEMP_DIR"]) in Path(path).parents
+    assert Path(tempfile.gettempdir()) / "gradio" not in Path(path).parents
+    assert pages[1].post("/ui/gradio_api/upload", files={"files": ("a.png", b"x", "image/png")}).status_code == 401
 
 
 def test_with_keys_the_page_asks_for_one(pages) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # Before gradio is imported, which reads it then: no request leaves this machine.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+if not os.environ.get("GRADIO_TEMP_DIR"):
+    # A folder of our own: gradio's is one for all servers of a machine, and the first to stop takes the others' files.
+    _UPLOADS = tempfile.TemporaryDirectory(prefix="unialign-uploads-")
+    os.environ["GRADIO_TEMP_DIR"] = _UPLOADS.name
 
 import gradio as gr
 from fastapi import FastAPI
