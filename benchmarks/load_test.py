@@ -5,8 +5,8 @@
 Three phases with the same mixture of tasks over HTTP:
 
 1. *alone*: every distinct request once, by one client. These results are the twins that all later ones must equal.
-2. *one at a time*: N clients against a server that computes one request after the other.
-3. *batched*: the same N clients against a server as it is started normally.
+2. *batched*: N clients against the same server, as it is started normally.
+3. *one at a time*: the same N clients against a server that computes one request after the other.
 
 A result equals its twin when texts are the same, pixels differ by at most 1/255, and vectors by at most 1e-4. Only 429
 (try again later) may go wrong besides. Writes ``OUT.json`` and ``OUT.md``; exits with 1 when something differed or
@@ -400,7 +400,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"| other errors | {sum(one['errors'].values())} | {sum(many['errors'].values())} |",
         f"| results unlike their twin | {sum(one['differing'].values())} | {sum(many['differing'].values())} |",
         "",
-        f"Batching serves **{report['ratio']:.2f} ×** as many requests.",
+        f"Batching serves **{report['ratio'] or 0:.2f} ×** as many requests (0: nothing was answered to compare with).",
         "",
         "| task | answers | p50 | p99 | largest difference / allowed |",
         "|---|---:|---:|---:|---:|",
