@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from unialignment.errors import InputError
 from unialignment.evaluation.cli import _contest, _world
 from unialignment.evaluation.workers import run_parts
 from unialignment.evaluation.world import Settings, combine
@@ -24,3 +25,13 @@ def test_two_processes_give_what_one_gives(pack, nano, repo_root: Path) -> None:
     assert one.metrics == two.metrics
     assert (one.by_kind, one.ceilings, one.floors) == (two.by_kind, two.ceilings, two.floors)
     assert list(one.seconds) == names
+
+
+def _no_model():
+    raise InputError("no model of that name")
+
+
+def test_what_is_wrong_with_a_model_is_said_by_any_number_of_processes() -> None:
+    for workers in (1, 2):
+        with pytest.raises(InputError, match="no model of that name"):
+            list(run_parts(_no_model, ["caption", "answer"], Settings(limit=1), workers))

@@ -6,6 +6,7 @@ computes with its share of the cores; the results do not depend on how many ther
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from unialignment.evaluation.world import Part, Settings, run_part
 Build = Callable[[], tuple[Any, Any, Any]]
 """Makes pipeline, stream and judge; called once in every process, so it must be picklable."""
 
-_made: tuple[Any, Any, Any] | None = None
+_build: Build | None = None
 
 
 def run_parts(build: Build, names: Sequence[str], settings: Settings, workers: int) -> Iterator[Part]:
@@ -39,8 +40,11 @@ def run_parts(build: Build, names: Sequence[str], settings: Settings, workers: i
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(build, threads)) as pool:
         # The longest ones first, so that no process is left with one at the end.
         order = sorted(names, key=lambda name: _LENGTHS.get(name, 1.0), reverse=True)
-        for future in as_completed([pool.submit(_run, name, settings) for name in order]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(_run, name, settings) for name in order]):
+                yield future.result()
+        finally:  # after a failure nothing more is begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 _LENGTHS = {
@@ -60,13 +64,14 @@ def cores() -> int:
 
 
 def _start(build: Build, threads: int) -> None:
-    global _made
+    # Built with the first part: what fails in here breaks the pool, and the reason would not reach the caller.
+    global _build
     import torch
 
     torch.set_num_threads(threads)
-    _made = build()
+    _build = functools.cache(build)
 
 
 def _run(name: str, settings: Settings) -> Part:
-    assert _made is not None
-    return run_part(*_made, name, settings)
+    assert _build is not None
+    return run_part(*_build(), name, settings)
