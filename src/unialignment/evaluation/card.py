@@ -162,7 +162,6 @@ def sample_sheet(pipe: Any, stream: Any, per_task: int = 6, seed: int = 0) -> Im
 
 def write_card(folder: Path, results: Results, sheet: Image.Image | None, facts: dict[str, Any] | None = None) -> Path:
     """Write card, results and contact sheet into a model's folder and return the card's path."""
-    folder.mkdir(parents=True, exist_ok=True)
     results.save(folder / RESULTS_FILE)
     if sheet is not None:
         sheet.save(folder / SHEET_FILE, optimize=True)

@@ -13,15 +13,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
 from PIL import Image
 
 from unialignment.errors import InputError
 from unialignment.evaluation.agreement import krippendorff_alpha
-from unialignment.evaluation.benchmarks import Benchmark, Check, Item
+from unialignment.evaluation.benchmarks import Benchmark, Check, Item, select
 from unialignment.evaluation.judges import Judge, JudgeRejected, folder_name
 from unialignment.evaluation.judges.prompts import PromptSet, Question, yes_no_question
-from unialignment.evaluation.metrics import estimate
+from unialignment.evaluation.metrics import estimate, mean_of_groups
 from unialignment.evaluation.records import RecordLog, claim, versions
 from unialignment.evaluation.scoring import ASPECTS, Aspect, Refusal, UnparsableAnswer, overall, parse, parse_yes_no
 from unialignment.evaluation.scoring import Protocol as ScoringProtocol
@@ -49,17 +48,6 @@ class Model(Protocol):
         ...
 
 
-def select(benchmark: Benchmark, limit: int | None) -> tuple[Item, ...]:
-    """The first ``limit`` items of every group; all without a limit."""
-    if limit is not None and limit < 1:
-        raise InputError(f"a limit of {limit} items in each group; expected 1 or more")
-    return tuple(
-        item
-        for group in benchmark.groups
-        for item in [one for one in benchmark.items if one.group == group][: limit or None]
-    )
-
-
 def generate(
     folder: Path,
     benchmark: Benchmark,
@@ -81,7 +69,7 @@ def generate(
         "seed": seed,
         "versions": versions(),
     }
-    items = select(benchmark, limit)
+    items = select(benchmark.items, limit)
     claim(folder / "run.json", identity, accept_versions)
     log = RecordLog(folder / "generated.jsonl", ("item",))
     for done, item in enumerate(items):
@@ -146,7 +134,7 @@ def judge(
     )
     log = RecordLog(judge_folder(folder, judge_.name) / "judgements.jsonl", ("item", "aspect", "sha256"))
     tasks: list[tuple[Item, dict[str, Any], str]] = []
-    for item in select(benchmark, limit):
+    for item in select(benchmark.items, limit):
         record = drawn.get(item.id)
         if record is not None and record["status"] == "ok":
             tasks += [(item, record, a) for a in aspects(item) if log.get(item.id, a, record["sha256"]) is None]
@@ -280,7 +268,7 @@ def check_score(checks: Sequence[Check], answers: Mapping[str, bool], rule: str)
 
 def summarise(folder: Path, benchmark: Benchmark, judges: Sequence[str], limit: int | None = None) -> dict[str, Any]:
     """Means with bootstrap 95 % intervals for each judge and group, what is missing, and how far judges agree."""
-    items = select(benchmark, limit)
+    items = select(benchmark.items, limit)
     result: dict[str, Any] = {"benchmark": benchmark.name, "items": len(items), "judges": {}}
     result |= {"measures": list(benchmark.measures), "scale": benchmark.scale, "rule": benchmark.rule}
     result["notes"] = list(benchmark.notes)
@@ -288,7 +276,7 @@ def summarise(folder: Path, benchmark: Benchmark, judges: Sequence[str], limit: 
     everything = {name: item_scores(folder, items, name, benchmark.rule, benchmark.scale) for name in judges}
     for name, scores in everything.items():
         groups: dict[str, Any] = {}
-        columns: dict[str, list[np.ndarray[Any, Any]]] = {key: [] for key in measures}
+        columns: dict[str, list[list[float]]] = {key: [] for key in measures}
         for group in benchmark.groups:
             rows = [scores[item.id] for item in items if item.group == group]
             good = [row for row in rows if row["status"] == "ok"]
@@ -300,13 +288,14 @@ def summarise(folder: Path, benchmark: Benchmark, judges: Sequence[str], limit: 
                     values = [row[key] for row in good]
                     found = estimate(values)
                     entry[key] = [found.value, found.low, found.high]
-                    column.append(np.asarray(values))
+                    column.append(values)
                 main = benchmark.main
                 entry[f"{main}_failures_as_zero"] = sum(row[main] for row in good) / len(rows)
             groups[group] = entry
         judged = {"groups": groups}
         if len(columns[benchmark.main]) == len(benchmark.groups):
-            judged["mean"] = {key: _mean_of_groups(column) for key, column in columns.items()}
+            means = {key: mean_of_groups(column) for key, column in columns.items()}
+            judged["mean"] = {key: [mean.value, mean.low, mean.high] for key, mean in means.items()}
         result["judges"][name] = judged
     result["agreement"] = {
         key: krippendorff_alpha([[everything[name][item.id].get(key) for name in judges] for item in items])
@@ -315,16 +304,6 @@ def summarise(folder: Path, benchmark: Benchmark, judges: Sequence[str], limit: 
     drawn = list(RecordLog(folder / "generated.jsonl", ("item",)))
     result["shortened_prompts"] = sum(bool(record.get("shortened")) for record in drawn)
     return result
-
-
-def _mean_of_groups(columns: Sequence[np.ndarray[Any, Any]], resamples: int = 2000) -> list[float]:
-    """Unweighted mean over groups; items are resampled within their group."""
-    rng = np.random.default_rng(0)
-    means = np.mean(
-        [column[rng.integers(0, len(column), (resamples, len(column)))].mean(axis=1) for column in columns], axis=0
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
-    return [float(np.mean([column.mean() for column in columns])), float(low), float(high)]
 
 
 def save_summary(folder: Path, summary: dict[str, Any]) -> Path:

@@ -26,8 +26,6 @@ from unialignment.world.sprites import SpritePack
 Output = np.ndarray | str
 """A picture ``[R, R, 3]`` uint8 for tasks with image targets, else a text."""
 
-POSITION_TOLERANCE = clauses.POSITION_TOLERANCE
-
 
 class Judge:
     """Scores one output of any task.
@@ -108,7 +106,7 @@ class Judge:
         assert sample.target_image is not None
         untouched = (self.renderer.render(before) == self.renderer.render(after)).all(axis=-1)
         return {
-            "edit.success": float(match_scenes(self._drawn(image), after).exact(POSITION_TOLERANCE)),
+            "edit.success": float(match_scenes(self._drawn(image), after).exact(clauses.POSITION_TOLERANCE)),
             "edit.psnr_outside": metrics.psnr(image, sample.target_image, untouched),
         }
 

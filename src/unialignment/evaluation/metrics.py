@@ -223,8 +223,3 @@ def recall_at(similarity: Array, k: int = 1) -> Array:
         raise ValueError(f"recall_at: got a matrix of shape {similarity.shape}; expected [N, N]")
     before = (similarity >= np.diag(similarity)[:, None]).sum(axis=1) - 1
     return (before < k).astype(np.float64)
-
-
-def recall_at_1(similarity: Array) -> Array:
-    """:func:`recall_at` for the nearest one."""
-    return recall_at(similarity, 1)

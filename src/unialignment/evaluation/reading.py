@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from unialignment.errors import InputError
+from unialignment.evaluation.benchmarks import select
 from unialignment.evaluation.records import RecordLog, claim, versions
 from unialignment.images import load_image
 from unialignment.metadata import save_image
@@ -64,7 +65,6 @@ class ReadingBenchmark:
         hint: How answers shall look, for models that take free language (``"Answer with one word."``).
         score: Rows from items and answers (for maps: pictures), all of them at once.
         statistics: Name of a figure to the statistic.
-        best: Name of a figure to its best value, for readers; and the figures' order.
         notes: What a reader has to know.
     """
 
@@ -97,21 +97,6 @@ def mean_of(column: int) -> Statistic:
     return lambda rows: float(np.nanmean(rows[:, column]))
 
 
-def select(benchmark: ReadingBenchmark, limit: int | None) -> tuple[Question, ...]:
-    """The first ``limit`` items of every group; all without a limit."""
-    if limit is None:
-        return benchmark.items
-    if limit < 1:
-        raise InputError(f"a limit of {limit} items in each group; expected 1 or more")
-    taken: dict[str, int] = {}
-    chosen = []
-    for item in benchmark.items:
-        taken[item.group] = taken.get(item.group, 0) + 1
-        if taken[item.group] <= limit:
-            chosen.append(item)
-    return tuple(chosen)
-
-
 def answer(
     folder: Path,
     benchmark: ReadingBenchmark,
@@ -127,7 +112,7 @@ def answer(
     Raises:
         InputError: The folder holds another run, or the model has no way to answer such questions.
     """
-    items = select(benchmark, limit)
+    items = select(benchmark.items, limit)
     method = "chart" if any(item.map for item in items) else "tell"
     if not hasattr(model, method):
         raise InputError(f"{benchmark.name} needs a model with a method {method!r}; {type(model).__name__} has none")
@@ -168,7 +153,7 @@ def summarise(folder: Path, benchmark: ReadingBenchmark, limit: int | None = Non
         InputError: Nothing was answered.
     """
     log = RecordLog(folder / "answers.jsonl", ("item",))
-    items = select(benchmark, limit)
+    items = select(benchmark.items, limit)
     records = [log.get(item.id) for item in items]
     done = [(item, one) for item, one in zip(items, records) if one is not None and one["status"] == "ok"]
     if not done:

@@ -19,8 +19,8 @@ from typing import Any
 from PIL import Image
 
 from unialignment.errors import InputError
-from unialignment.evaluation.benchmarks import Benchmark, Item
-from unialignment.evaluation.harness import aspects, item_scores, judge_folder, select
+from unialignment.evaluation.benchmarks import Benchmark, Item, select
+from unialignment.evaluation.harness import aspects, item_scores, judge_folder
 from unialignment.evaluation.radar import radar
 from unialignment.evaluation.records import RecordLog
 from unialignment.images import load_image
@@ -117,7 +117,7 @@ def write_html(path: Path, runs: Sequence[Run], benchmark: Benchmark, limit: int
     main = measures(runs)[-1]
     parts += [f"<h2>{html.escape(_title(main))} by group</h2>", _radar(runs, benchmark.groups)]
     parts.append(_chart(runs, benchmark.groups))
-    parts += [_agreement(runs), "<h2>Items</h2>", _gallery(runs, select(benchmark, limit), benchmark.groups)]
+    parts += [_agreement(runs), "<h2>Items</h2>", _gallery(runs, select(benchmark.items, limit), benchmark.groups)]
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '

@@ -15,6 +15,7 @@ from typing import Any
 
 from unialignment.errors import InputError
 from unialignment.evaluation.metrics import Estimate, estimate
+from unialignment.storage import write_text
 
 BY_KIND = "vqa.by_kind"
 """Key under which answers are broken down by kind of question."""
@@ -168,9 +169,12 @@ class Results:
             raise InputError(f"not an evaluation's JSON: {error} is missing; write one with `unialign eval`") from error
 
     def save(self, path: Path) -> None:
-        """Write the JSON form."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        """Write the JSON form.
+
+        Raises:
+            StorageError: it can't be written.
+        """
+        write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:

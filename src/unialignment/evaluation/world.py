@@ -1,5 +1,4 @@
 """SemGen-World on a model: all tasks and the four groups on held-out scenes, judged exactly, with ceilings and floors.
-floors.
 
 Puts stream, contestants, judge and statistics together; knows nothing of how any of them works, nor of files.
 """

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
+
+from unialignment.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,26 @@ class Benchmark:
     def main(self) -> str:
         """The measure that counts."""
         return self.measures[-1]
+
+
+class _Grouped(Protocol):
+    @property
+    def group(self) -> str: ...
+
+
+AnyItem = TypeVar("AnyItem", bound=_Grouped)
+
+
+def select(items: Iterable[AnyItem], limit: int | None) -> tuple[AnyItem, ...]:
+    """The first ``limit`` items of every group, in their order; all without a limit."""
+    if limit is None:
+        return tuple(items)
+    if limit < 1:
+        raise InputError(f"a limit of {limit} items in each group; expected 1 or more")
+    taken: Counter[str] = Counter()
+    chosen = []
+    for item in items:
+        taken[item.group] += 1
+        if taken[item.group] <= limit:
+            chosen.append(item)
+    return tuple(chosen)

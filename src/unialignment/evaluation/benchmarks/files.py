@@ -91,10 +91,9 @@ def fields(row: Any, where: str, *names: str) -> list[Any]:
     Raises:
         InputError: One is missing.
     """
-    if not isinstance(row, dict) or (missing := [name for name in names if name not in row]):
+    if not isinstance(row, dict) or not row.keys() >= set(names):
         shown = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise InputError(f"{where}: expected the fields {', '.join(names)}, got {shown}")
-    del missing
     return [row[name] for name in names]
 
 

@@ -29,7 +29,6 @@ _NUMBERS = {
 }
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# Words that VQA's evaluation puts the apostrophe back into; those that people write without one.
 _WITH_APOSTROPHE = """
     aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's i'm i've
     isn't it'd it'll might've mightn't must've mustn't needn't oughtn't shan't should've shouldn't somebody's someone's
