@@ -24,7 +24,6 @@ def write(results: Results, folder: Path, name: str, command: str) -> list[Path]
     Raises:
         UniAlignmentError: matplotlib isn't installed, and there is something to plot.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{name}.json"
     write_text(data, json.dumps({"command": command, **results.to_json()}, indent=1) + "\n")
     written = [data]
@@ -47,8 +46,9 @@ def markdown(results: Results, name: str, command: str) -> str:
         f"`{command}`",
         "",
         f"{machine['name']}, {machine['threads']} thread(s), torch {machine['torch']}. Measured matrix products: "
-        f"{gemm}; memory: {machine['bandwidth'] / 1e9:.1f} GB/s. {settings['repeats']} interleaved repetitions; median "
-        "(16th–84th percentile). Working memory is that of prefill and a step.",
+        f"{gemm}; memory: {machine['bandwidth'] / 1e9:.1f} GB/s. {settings['repeats']} interleaved repetitions "
+        "of steps; median (16th–84th percentile); those of everything else stand in the JSON. Working memory is that "
+        "of prefill and a step.",
         "",
     ]
     if results.comparisons:

@@ -143,11 +143,9 @@ def _branches(case: Case) -> Guidance:
     return Guidance(1.0 if case.text_target else case.guidance)
 
 
-def ours(case: Case, compiled: bool = False) -> Way:
-    """As the pipeline does it. ``compiled`` uses the model as :meth:`compile_for_inference` left it."""
+def ours(case: Case) -> Way:
+    """As the pipeline does it."""
     model, data = build(case.size, "prefix", getattr(torch, case.dtype)), Data.of(case)
-    if not compiled and model.length_bucket:
-        raise InputError("this size's model was compiled; measure plain passes in another process")
     guidance = _branches(case)
     names: tuple[Branch, ...] = guidance.branches(case.sources > 0)
     sigmas = sigma_schedule(case.steps)

@@ -15,7 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``unialign bench``."""
     parser.add_argument("--size", default="100M", help="random model: nano, tiny, 25M, 100M, 300M, 2B (default: 100M)")
     parser.add_argument("--pixels", type=int, default=256, metavar="N", help="side of pictures (default: 256)")
-    parser.add_argument("--tasks", default="generate,edit,caption,answer", help="comma-separated (default: all)")
+    parser.add_argument(
+        "--tasks", default="generate,edit,caption,answer", help="of part 'tasks', comma-separated (default: all)"
+    )
     parser.add_argument("--parts", default="tasks,peer,batches,scaling", help="comma-separated (default: all)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="interleaved measurements (default: 7)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic")
