@@ -62,6 +62,10 @@ def test_tasks_and_columns_can_be_said(examples: Path, tmp_path: Path, capsys: p
     assert code == 0 and found["tasks"]["generate"] == 1
     assert main(["data", "check", str(rows), "--columns", "image"]) == 2
     assert "ours=theirs" in capsys.readouterr().err
+    assert main(["data", "check", str(rows), "--tasks", "painting"]) == 2
+    assert "unknown task 'painting'" in capsys.readouterr().err
+    assert main(["data", "check", str(rows), "--limit", "0"]) == 2
+    assert "--limit must be 1 or more" in capsys.readouterr().err
 
 
 def test_large_pictures_are_refused(examples: Path, capsys: pytest.CaptureFixture) -> None:

@@ -145,6 +145,15 @@ def test_too_many_bad_rows_stop_the_run(grey_manifest: Manifest, tmp_path: Path)
                 continue
 
 
+def test_going_through_every_row_judges_the_share_of_bad_ones(grey_manifest: Manifest) -> None:
+    few = Quarantine(limit=0.2, grace=20)  # as for teachers and feature caches
+    assert len(list(stream(grey_manifest(60, broken=tuple(range(1, 60, 6))), quarantine=few).every("generate"))) == 50
+    assert (few.read, few.refused) == (60, 10)
+    many = stream(grey_manifest(60, broken=tuple(range(1, 41))), quarantine=Quarantine(limit=0.2, grace=5))
+    with pytest.raises(AssetError, match=r"more than data\.max_bad=0\.2"):
+        list(many.every("generate"))
+
+
 def test_decompression_bombs_are_refused_by_their_header(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -201,6 +210,21 @@ def test_tars_parquet_and_saved_data_sets_give_the_same_rows(grey_tars: Callable
         assert [value(data.sample("generate", n)) for n in range(10)] == expected
 
 
+def test_a_saved_data_set_of_several_splits_is_recognised(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"image": ["a.png"] * 3, "caption": ["a", "b", "c"]})
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "saved")
+    assert len(stream(tmp_path / "saved").sources[0].rows) == 3
+    assert len(stream([SourceSpec(str(tmp_path / "saved"), split="test")]).sources[0].rows) == 1
+
+
+def test_a_missing_library_is_named_rather_than_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    (tmp_path / "rows.parquet").write_bytes(b"x")
+    with pytest.raises(AssetError, match=r"unialignment\[train\]"):
+        stream(tmp_path / "rows.parquet")
+
+
 def test_an_unreadable_shard_costs_its_own_rows_only(grey_tars: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     pattern = grey_tars(3, 4)
@@ -254,6 +278,19 @@ def test_a_stream_goes_on_past_an_unreadable_shard(grey_tars: Callable[..., Path
         file.write_bytes(b"junk" * 500)
     with pytest.raises(AssetError, match="no usable row in the last"):
         streamed(pattern).sample("generate", 0)
+
+
+def test_rows_of_a_stream_without_a_layout_are_each_listed(tmp_path: Path, examples: Path) -> None:
+    pytest.importorskip("datasets")
+    image = str(examples / "text-image" / "images" / "red-circle.png")
+    rows = [{"image": image, ("note" if row in (2, 5) else "caption"): f"row {row}"} for row in range(8)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    data = streamed(tmp_path / "m.jsonl", tmp_path / "marks", quarantine=Quarantine(tmp_path / "q.jsonl"))
+    assert [data.sample("generate", n).prompt for n in range(20)]
+    assert {row for _, row in read_list(tmp_path / "q.jsonl")} == {"m.jsonl:3", "m.jsonl:6"}
+    resumed = streamed(tmp_path / "m.jsonl", tmp_path / "marks", quarantine=Quarantine(tmp_path / "again.jsonl"))
+    assert resumed.sample("generate", 15).prompt == data.sample("generate", 15).prompt
+    assert {row for _, row in read_list(tmp_path / "again.jsonl")} <= {"m.jsonl:3", "m.jsonl:6"}
 
 
 def test_streams_cannot_hold_out(grey_tars: Callable[..., Path]) -> None:

@@ -47,8 +47,13 @@ def run(args: argparse.Namespace) -> int:
     from unialignment.data.check import check
     from unialignment.data.mixture import DataSettings, SourceSpec
     from unialignment.data.quarantine import append
+    from unialignment.tasks import TASKS
 
     columns = dict(_pair(item) for item in args.columns)
+    for task in args.tasks or ():
+        TASKS.get(task)
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit must be 1 or more, got {args.limit}")
     started = time.perf_counter()
     if args.quarantine is not None:
         try:
@@ -104,8 +109,7 @@ def _progress(done: int, total: int) -> None:
 def _lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['path']}: {found['rows']} rows, {found['usable']} usable, "
-        f"{len(found['problems']) and found['bad_share']:.1%} unusable"
-        + (f", {found['duplicates']} duplicates" if found["duplicates"] else "")
+        f"{found['bad_share']:.1%} unusable" + (f", {found['duplicates']} duplicates" if found["duplicates"] else "")
     ]
     for title, values in (("samples", found["tasks"]), ("kinds", found["kinds"]), ("pictures", found["sizes"])):
         if values:

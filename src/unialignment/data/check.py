@@ -95,7 +95,7 @@ def check(
         limit: Look at this many rows only.
         examples: Examples per task to keep.
         problem: Told of each unusable row as it is found.
-        progress: Told of rows done and rows in all.
+        progress: Told of the row that is looked at and rows in all.
 
     Raises:
         AssetError: nothing can be read at all.
@@ -109,6 +109,8 @@ def check(
     total = len(rows) if limit is None else min(limit, len(rows))
     for number in range(total):
         found.rows += 1
+        if progress is not None:
+            progress(found.rows, total)
         try:
             recipes = read_row(renamed(rows.row(number), spec.columns), spec.tasks)
             sizes = [_open(loader, reference, quick) for reference in _references(recipes)]
@@ -129,8 +131,6 @@ def check(
         seen.add(identity)
         for recipe in recipes:
             _count(found, recipe, rows.label(number), examples)
-        if progress is not None:
-            progress(number + 1, total)
     return found
 
 

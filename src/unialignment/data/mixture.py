@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +80,7 @@ class DataSettings:
     held_out: float = 0.02
     shuffle_block: int = 256
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[Size, ...]:
         """Sizes that pictures are brought to."""
         if not self.buckets:
@@ -213,6 +214,8 @@ class UserStream:
             else:
                 self.sources.append(LocalSource(spec, settings, listed))
         self.specs = tuple(sources)
+        # Rows of one micro-batch come from one bucket or lane, so the sources take turns by whole chunks then.
+        self._by_chunk = settings.buckets or any(spec.streaming for spec in sources)
         self._orders: dict[tuple[int, str], Order | None] = {}
         self._quotas: dict[str, Quota] = {}
         self._loaders = [
@@ -224,18 +227,12 @@ class UserStream:
         for source in self.sources:
             if isinstance(source, LocalSource):
                 for problem in source.index.problems:
-                    self._list(problem)
+                    self.quarantine.note(problem)
 
     @staticmethod
     def _root(source: Any) -> Path:
         root: Path = source.root if isinstance(source, StreamedRows) else source.rows.root
         return root
-
-    def _list(self, problem: BadRow) -> None:
-        """List a problem of the index without counting it against the rate: such rows are never drawn."""
-        known = Quarantine(self.quarantine.path, 1.0)
-        known._listed = self.quarantine._listed
-        known.bad(problem)
 
     def _serves(self, number: int, task: str) -> bool:
         spec, source = self.specs[number], self.sources[number]
@@ -319,8 +316,7 @@ class UserStream:
     def _locate(self, task: str, number: int) -> tuple[int, int, int]:
         """Source of a number, the number among that source's own, and the length of a chunk there."""
         quota, chunk = self._quotas[task], self.chunks[task]
-        # Rows of one micro-batch come from one bucket or lane, so the sources take turns by whole chunks then.
-        if self.settings.buckets or any(spec.streaming for spec in self.specs):
+        if self._by_chunk:
             block, slot = divmod(number, chunk)
             which, inner = quota.share(block)
             return which, inner * chunk + slot, chunk
@@ -345,11 +341,11 @@ class UserStream:
         serving = PAIR_TASKS if group == "pair" else (task,)
         spec = self.specs[which]
 
-        def wanted(row: Mapping[str, Any]) -> bool:
+        def wanted(row: Mapping[str, Any], place: str) -> bool:
             try:
                 return any(recipe.task in serving for recipe in read_row(renamed(row, spec.columns), spec.tasks))
             except InputError as error:
-                self.quarantine.bad(BadRow(source.name, str(row.get("__key__", ""))[:80], str(error)))
+                self.quarantine.bad(BadRow(source.name, str(row.get("__key__", place))[:80], str(error)))
                 return False
 
         row = source.row(group, wanted, lane, offset, attempt)
@@ -424,9 +420,13 @@ class UserStream:
         for recipe in recipes:
             rng = np.random.default_rng((self.seed, which, number))
             try:
-                yield self._build(recipe, which, str(number), rng, pictures)
+                made = self._build(recipe, which, str(number), rng, pictures)
             except InputError as error:
                 self.quarantine.bad(BadRow(source.name, source.rows.label(number), str(error)))
+                continue
+            if pictures:  # a row is judged by its pictures, once
+                self.quarantine.good()
+            yield made
 
     def texts(self, limit: int) -> Iterator[str]:
         """Up to ``limit`` prompts and target texts, for training a tokenizer; pictures stay closed."""

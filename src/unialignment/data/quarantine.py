@@ -49,6 +49,18 @@ class Quarantine:
         """A row was read."""
         self.read += 1
 
+    def note(self, problem: BadRow) -> None:
+        """List a problem without counting it: a row that is never drawn.
+
+        Raises:
+            StorageError: the list can't be written.
+        """
+        key = (problem.source, problem.row)
+        if key not in self._listed:
+            self._listed.add(key)
+            if self.path is not None:
+                append(self.path, problem)
+
     def bad(self, problem: BadRow) -> None:
         """A row was refused.
 
@@ -58,11 +70,7 @@ class Quarantine:
         """
         self.read += 1
         self.refused += 1
-        key = (problem.source, problem.row)
-        if key not in self._listed:
-            self._listed.add(key)
-            if self.path is not None:
-                append(self.path, problem)
+        self.note(problem)
         if self.read >= self.grace and self.refused > self.limit * self.read:
             listed = f"; they are listed in {self.path}" if self.path else ""
             raise AssetError(

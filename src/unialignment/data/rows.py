@@ -73,7 +73,7 @@ def guess_format(path: str) -> str:
         AssetError: nothing is there, formats are mixed, or the ending is unknown.
     """
     found = Path(path).expanduser()
-    if (found / "dataset_info.json").is_file() or (found / "state.json").is_file():
+    if any((found / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json")):
         return "dataset"
     formats = {_ENDINGS.get(file.suffix.lower(), "") for file in find_files(path)}
     if len(formats) != 1 or "" in formats:
@@ -159,23 +159,24 @@ class JsonlRows:
 
 def _line_offsets(path: Path) -> NDArray[np.int64]:
     """Where lines begin; empty ones at the end of the file are left out."""
-    starts = [0]
+    parts = [np.zeros(1, dtype=np.int64)]
     with path.open("rb") as file:
         position = 0
         while block := file.read(1 << 22):
-            found = np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + position + 1
-            starts += found.tolist()
+            parts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + position + 1)
             position += len(block)
-        while len(starts) > 1:
-            file.seek(starts[-1])
+        starts = np.concatenate(parts).astype(np.int64)
+        count = len(starts)
+        while count > 1:
+            file.seek(int(starts[count - 1]))
             if file.read(1 << 16).strip():
                 break
-            starts.pop()
-        if len(starts) == 1:
+            count -= 1
+        if count == 1:
             file.seek(0)
             if not file.read(1 << 16).strip():
                 raise AssetError(f"{path} is empty; expected one JSON object a line")
-    return np.array(starts, dtype=np.int64)
+    return starts[:count]
 
 
 class DatasetRows:
@@ -203,6 +204,7 @@ class DatasetRows:
             prints.append(f"{path}:{split}:{len(parts[0])}:{getattr(parts[0], '_fingerprint', '')}")
             self.root = root or (Path(path).expanduser() if Path(path).expanduser().is_dir() else Path())
         else:
+            load_library()  # its absence is no fault of a file
             files = find_files(path)
             self.root = root or files[0].parent
             for file in files:

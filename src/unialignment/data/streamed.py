@@ -24,6 +24,8 @@ MAX_LANES = 64
 _LIBRARY_NAMES = {"jsonl": "json", "parquet": "parquet", "webdataset": "webdataset"}
 
 Row = Mapping[str, Any]
+Filter = Callable[[Row, str], bool]
+"""Says of a row, and of where it is (shard and number), whether it is of use."""
 
 
 def open_shards(path: str, format: str, split: str) -> tuple[list[str], list[Callable[[], Any]]]:
@@ -99,7 +101,7 @@ class StreamedRows:
         self.fingerprint = hashlib.sha256(repr((path, self.labels, split)).encode()).hexdigest()
         self._readers: dict[tuple[str, int], _Reader] = {}
 
-    def row(self, group: str, wanted: Callable[[Row], bool], lane: int, offset: int, attempt: int = 0) -> Row:
+    def row(self, group: str, wanted: Filter, lane: int, offset: int, attempt: int = 0) -> Row:
         """The row at a position, among the rows that a group of tasks wants.
 
         Args:
@@ -121,13 +123,13 @@ class StreamedRows:
 class _Reader:
     """One lane for one filter."""
 
-    def __init__(self, source: StreamedRows, group: str, lane: int, wanted: Callable[[Row], bool]) -> None:
+    def __init__(self, source: StreamedRows, group: str, lane: int, wanted: Filter) -> None:
         self.source, self.lane, self.wanted = source, lane, wanted
         self.length = len(range(lane, len(source.labels), source.lanes))
         identity = repr((source.fingerprint, source.seed, source.block, group, lane))
         self.identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
         self.blocks: dict[int, list[Row]] = {}
-        self._begin({"block": 0, "epoch": 0, "place": 0, "state": None})
+        self._begin({"block": 0, "epoch": 0, "place": 0, "state": None, "read": 0})
 
     def row(self, offset: int, attempt: int) -> Row:
         number, place = divmod(offset, self.source.block)
@@ -144,7 +146,7 @@ class _Reader:
 
     def _begin(self, mark: Mapping[str, Any]) -> None:
         self.next, self.epoch, self.place = int(mark["block"]), int(mark["epoch"]), int(mark["place"])
-        self.state = mark["state"]
+        self.state, self.read = mark["state"], int(mark.get("read", 0))
         self.rows: Iterator[Row] | None = None
         self.dataset: Any = None
         self.since_hit = 0
@@ -155,7 +157,7 @@ class _Reader:
         block: list[Row] = []
         while len(block) < self.source.block:
             row = self._next_row()
-            if row is not None and self.wanted(row):
+            if row is not None and self.wanted(row, self.label):
                 self.since_hit = 0
                 block.append(row)
         self.blocks[self.next] = block
@@ -174,12 +176,15 @@ class _Reader:
                 if self.state is not None:
                     self.dataset.load_state_dict(self.state)
                 self.rows = iter(self.dataset)
-            return next(self.rows)
+            row = next(self.rows)
+            self.read += 1
+            self.label = f"{source.labels[shard]}:{self.read}"
+            return row
         except StopIteration:
             pass
         except Exception as error:  # tarfile, pyarrow, network: each raises its own
             source.quarantine.bad(BadRow(source.name, source.labels[shard], f"unreadable shard ({_reason(error)})"))
-        self.rows, self.state = None, None
+        self.rows, self.state, self.read = None, None, 0
         self.place += 1
         self.since_hit += 1
         if self.place == self.length:
@@ -202,7 +207,7 @@ class _Reader:
         if path is None or self.next == 0:
             return
         state = self.state if self.rows is None else self.dataset.state_dict()
-        mark = {"block": self.next, "epoch": self.epoch, "place": self.place, "state": state}
+        mark = {"block": self.next, "epoch": self.epoch, "place": self.place, "state": state, "read": self.read}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
