@@ -43,10 +43,6 @@ class ShardWriter:
 
     def __init__(self) -> None:
         self._values: dict[tuple[str, tuple[int, ...], str], dict[bytes, Tensor]] = defaultdict(dict)
-        self._known: set[tuple[str, bytes]] = set()
-
-    def __contains__(self, item: tuple[str, str]) -> bool:
-        return (item[0], key_bytes(item[1])) in self._known
 
     def add(self, kind: str, key: str, value: Tensor) -> None:
         """Take a feature of any shape.
@@ -56,10 +52,8 @@ class ShardWriter:
         """
         if not bool(torch.isfinite(value).all()):
             raise AssetError(f"a {kind} holds values that are not finite; --dtype may be too narrow for it")
-        short = key_bytes(key)
-        self._known.add((kind, short))
         plain = value.detach().to("cpu").contiguous()
-        self._values[kind, tuple(plain.shape), str(plain.dtype)][short] = plain
+        self._values[kind, tuple(plain.shape), str(plain.dtype)][key_bytes(key)] = plain
 
     @property
     def counts(self) -> dict[str, int]:
@@ -69,7 +63,7 @@ class ShardWriter:
             result[kind] += len(values)
         return dict(result)
 
-    def write(self, folder: Path, number: int, facts: dict[str, Any] | None = None) -> None:
+    def write(self, folder: Path, number: int) -> None:
         """Write the shard, then its certificate.
 
         Raises:
@@ -86,7 +80,7 @@ class ShardWriter:
         with atomic_file(path) as file:
             file.write(data)
         certificate = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "counts": self.counts}
-        write_json(path.with_suffix(".json"), {**certificate, **(facts or {})})
+        write_json(path.with_suffix(".json"), certificate)
 
 
 def shard_done(folder: Path, number: int) -> bool:
@@ -143,18 +137,15 @@ class FeatureStore:
 
     Args:
         folder: The cache.
-        identity: What the features must have been made from and with; ``None``: whatever they were.
         verify: Whether to verify checksums.
 
     Raises:
-        AssetError: missing, incomplete, damaged, or of something else.
+        AssetError: missing, incomplete or damaged.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any] | None = None, verify: bool = True) -> None:
+    def __init__(self, folder: Path, verify: bool = True) -> None:
         self.folder = folder
         self.meta = read_meta(folder)
-        if identity is not None:
-            compare(folder, self.meta["identity"], identity)
         missing = [unit for unit in range(self.meta["units"]) if not shard_done(folder, unit)]
         if missing:
             raise AssetError(

@@ -7,7 +7,7 @@ Knows nothing of models.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -94,10 +94,19 @@ QUARANTINE = "quarantine.jsonl"
 
 
 class WorldSamples:
-    """The sprite world's stream, with substitutes, and with a pool of scenes where embeddings are kept of them."""
+    """The sprite world's stream, with substitutes, and with a pool of scenes where embeddings are kept of them.
 
-    def __init__(self, stream: Any, pool: int | None = None) -> None:
+    ``chunks`` and :meth:`epoch_length` are those of :class:`~unialignment.data.mixture.UserStream`.
+    """
+
+    def __init__(self, stream: Any, counts: Mapping[str, int], pool: int | None = None) -> None:
         self.stream, self.pool = stream, pool
+        # One stride for all tasks: those that show the same scene at the same index meet in one micro-batch,
+        # which is where the contrastive loss finds its pairs.
+        self.chunks = dict.fromkeys(counts, max(counts.values(), default=1))
+
+    def epoch_length(self, task: str) -> None:
+        """Scenes have no end."""
 
     def sample(self, task: str, number: int, attempt: int = 0, pictures: bool = True) -> Sample:
         """The sample of a task at a number; ``attempt`` above 0 gives a substitute."""
@@ -137,6 +146,7 @@ def open_data(
     tokenizer: TextTokenizer | None = None,
     split: Literal["train", "held_out"] = "train",
     pool: int | None = None,
+    quarantine: Quarantine | None = None,
 ) -> Any:
     """What samples are drawn from: the world's stream, or the user's sources.
 
@@ -145,20 +155,22 @@ def open_data(
         tokenizer: Says which words ``infill`` can leave out.
         split: ``held_out``: the rows or scenes for validation.
         pool: Scenes of the world to draw from, where something is kept for each.
+        quarantine: Told of bad rows; ``None``: the run's own, in its folder.
 
     Raises:
         AssetError, InputError, ConfigError: a source can't be used.
     """
     data = config.data
     seed = config.run.seed if split == "train" else VALIDATION_SEED
+    counts = {task: count for task, count in config.mixture.items() if count}
     world = (
-        WorldSamples(open_stream(config, config.world.split if split == "train" else split, seed), pool)
+        WorldSamples(open_stream(config, config.world.split if split == "train" else split, seed), counts, pool)
         if not data.sources or any(source.format == "world" for source in data.sources)
         else None
     )
     if not data.sources:
         return world
-    chunks = {task: count if split == "train" else 1 for task, count in config.mixture.items() if count}
+    chunks = counts if split == "train" else dict.fromkeys(counts, 1)
     own = split == "held_out" and data.validation
     return UserStream(
         source_specs(data.validation if own else data.sources),
@@ -166,7 +178,7 @@ def open_data(
         chunks,
         seed,
         None if own else split,
-        Quarantine(config.run.folder / QUARANTINE, data.max_bad),
+        quarantine or Quarantine(config.run.folder / QUARANTINE, data.max_bad),
         data.exclude,
         config.run.folder / "data-position",
         world=None if world is None else lambda: world,
@@ -217,18 +229,18 @@ def training_texts(config: TransformerConfig, limit: int) -> Any:
     own = tuple(source for source in config.data.sources if source.format != "world")
     if not own:
         return None
-    chunks = {task: count for task, count in config.mixture.items() if count}
-    served: dict[str, int] = {}
-    for task, count in chunks.items():
-        try:
-            UserStream(
-                source_specs(own), data_settings(config), {task: count}, 0, "train", excluded=config.data.exclude
-            )
-            served[task] = count
-        except AssetError:
-            continue  # the sprite world serves it
-    stream = UserStream(source_specs(own), data_settings(config), served, 0, "train", excluded=config.data.exclude)
-    return stream.texts(limit)
+
+    def opened(chunks: dict[str, int]) -> UserStream:
+        return UserStream(source_specs(own), data_settings(config), chunks, 0, "train", excluded=config.data.exclude)
+
+    served = {task: count for task, count in config.mixture.items() if count}
+    if len(own) < len(config.data.sources):
+        for task in tuple(served):
+            try:
+                opened({task: served[task]})
+            except AssetError:
+                del served[task]  # the sprite world serves it
+    return opened(served).texts(limit)
 
 
 @dataclass(frozen=True)
@@ -258,7 +270,6 @@ class StepProducer:
         self.config = config
         self.tokenizer = TextTokenizer.from_pretrained(source.tokenizer)
         self.mixture = {task: count for task, count in config.mixture.items() if count}
-        self.stride = max(self.mixture.values())
         self.cache: Any = None
         if source.teacher is not None and config.data.cache is None:
             from unialignment.alignment.cache import TeacherCache
@@ -312,11 +323,7 @@ class StepProducer:
 
     def number(self, task: str, index: int, slot: int) -> int:
         """The number, among a task's samples, of a slot of micro-batch ``index``."""
-        if isinstance(self.stream, UserStream):
-            return index * self.stream.chunks[task] + slot
-        # One stride for all tasks: those that show the same scene at the same index meet in one micro-batch,
-        # which is where the contrastive loss finds its pairs.
-        return index * self.stride + slot
+        return int(index * self.stream.chunks[task] + slot)
 
     def sample(self, task: str, number: int) -> tuple[Sample, dict[str, int]]:
         """A sample whose row can be read and whose texts fit, and how many could not or did not before it.
@@ -466,9 +473,8 @@ def validation_samples(config: TransformerConfig, tokenizer: TextTokenizer) -> d
             continue
         chosen: list[Sample] = []
         index = 0
-        limit = 50 * config.logging.validation_samples
-        if isinstance(stream, UserStream):
-            limit = min(limit, stream.epoch_length(task) or limit)
+        most = 50 * config.logging.validation_samples
+        limit = min(most, stream.epoch_length(task) or most)
         while len(chosen) < config.logging.validation_samples and index < limit:
             index += 1
             try:
