@@ -24,7 +24,7 @@ import torch
 from unialignment.data.layouts import PAIR_TASKS
 from unialignment.data.mixture import LocalSource, UserStream
 from unialignment.data.quarantine import Quarantine
-from unialignment.data.rows import _file_fingerprint
+from unialignment.data.rows import _file_fingerprint, _reason
 from unialignment.data.sample import Sample
 from unialignment.errors import AssetError, ConfigError, UniAlignmentError
 from unialignment.model.folders import file_checksum
@@ -45,7 +45,7 @@ from unialignment.training.features import (
     shard_done,
 )
 from unialignment.training.runtime import choose_device
-from unialignment.training.samples import WorldSamples, open_data, teacher_text
+from unialignment.training.samples import QUARANTINE, WorldSamples, fits, open_data, teacher_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -101,7 +101,7 @@ def identity(config: TransformerConfig, tokenizer: TextTokenizer) -> dict[str, A
     if not data.sources or any(source.format == "world" for source in data.sources):
         sources.append(_world_identity(config))
     if data.sources:
-        stream = open_data(config, tokenizer)
+        stream = open_data(config, tokenizer, quarantine=Quarantine())
         for spec, source in zip(stream.specs, stream.sources, strict=True):
             if isinstance(source, LocalSource):
                 sources.append([source.fingerprint, spec.tasks, sorted(spec.columns.items())])
@@ -204,7 +204,7 @@ def make_plan(config: TransformerConfig, folder: Path, pool: int, shard_size: in
     units: list[tuple[int, int, int]] = []
     data = config.data
     if data.sources:
-        stream = open_data(config, tokenizer)
+        stream = open_data(config, tokenizer, quarantine=Quarantine())
         for which, source in enumerate(stream.sources):
             if isinstance(source, LocalSource):
                 count = len(_rows(stream, which, tuple(stream.chunks)))
@@ -244,9 +244,8 @@ class FeatureWorker:
             from unialignment.alignment.teachers import load_teacher
 
             self.teacher = load_teacher(config.teacher.name, self.device)
-        self.stream = open_data(config, self.tokenizer, pool=plan.pool)
-        if isinstance(self.stream, UserStream):
-            self.stream.quarantine = Quarantine(plan.folder / "quarantine.jsonl", config.data.max_bad)
+        quarantine = Quarantine(plan.folder / QUARANTINE, config.data.max_bad)
+        self.stream = open_data(config, self.tokenizer, pool=plan.pool, quarantine=quarantine)
 
     def __call__(self, number: int) -> int:
         """Compute unit ``number`` and write its shard; returns the number of its features.
@@ -285,8 +284,6 @@ class FeatureWorker:
             yield from self.stream.of_row(which, row, apart)
 
     def _world(self, start: int, stop: int) -> Iterator[Sample]:
-        from unialignment.training.samples import fits
-
         world: WorldSamples = self.stream
         if isinstance(self.stream, UserStream):
             world = next(source for source in self.stream.sources if isinstance(source, WorldSamples))
@@ -454,14 +451,15 @@ def _with_ray(plan: Plan, todo: list[int], actors: int, address: str) -> Iterato
             num_gpus=1 if choose_device(plan.device).type == "cuda" else 0,
         )
         for row in done.iter_rows():
+            if row["problem"]:
+                raise AssetError(str(row["problem"]))
             yield int(row["features"])
     except UniAlignmentError:
         raise
     except Exception as error:
-        cause = getattr(error, "cause", None) or error.__cause__ or error
         raise AssetError(
-            f"Ray could not finish the feature cache ({type(cause).__name__}: {str(cause).splitlines()[0][:200]}); run "
-            "the same command again: shards that are done are kept"
+            f"Ray could not finish the feature cache ({_reason(getattr(error, 'cause', None) or error)}); run the same "
+            "command again: shards that are done are kept"
         ) from error
 
 
@@ -470,7 +468,10 @@ class _RayWorker:
         _start(plan)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"features": _work(int(row["unit"]))}
+        try:
+            return {"features": _work(int(row["unit"])), "problem": ""}
+        except UniAlignmentError as error:  # Ray would wrap it, and keep what it says to its logs
+            return {"features": 0, "problem": str(error)}
 
 
 def _teacher_widths(folder: Path, plan: Plan) -> list[int] | None:
