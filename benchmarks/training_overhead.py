@@ -25,7 +25,6 @@ from unialignment.training.config import load_config
 from unialignment.training.data import Prefetcher
 from unialignment.training.loop import Trainer
 from unialignment.training.runtime import autocast
-from unialignment.training.sharing import count_tokens
 from unialignment.training.throughput import Window
 
 
@@ -49,7 +48,7 @@ def measure(config: Any, steps: int) -> dict[str, float]:
         for step in range(steps + 3):
             began = time.perf_counter()
             micros = [next(data) for _ in range(trainer.layout.local)]
-            window.tokens += sum(count_tokens(batches, trainer._token_pixels) for batches, _ in micros)
+            window.tokens += trainer.count_tokens(micros)
             window.add(trainer.step(micros))
             if (step + 1) % config.logging.log_every == 0:
                 window.means()

@@ -9,17 +9,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 import unialignment
+from unialignment.data.sample import Sample
 from unialignment.errors import ConfigError, InputError, StorageError, UniAlignmentError
+from unialignment.model.tokenizer import TextTokenizer
 from unialignment.training import checkpoint
+from unialignment.training.batching import collate
 from unialignment.training.config import TransformerConfig, load_config
 from unialignment.training.logging import read_metrics
 from unialignment.training.loop import Trainer
 from unialignment.training.objective import Objective
+from unialignment.training.sharing import count_tokens, take_share
 
 Make = Callable[..., TransformerConfig]
 FEW = "mixture={generate: 2, edit: 1, perceive: 0, control: 0, compose: 0, caption: 2, answer: 1, infill: 0}"
@@ -304,3 +309,17 @@ def test_a_length_that_nothing_fits_is_an_error(tiny: Make, silent) -> None:
     short = replace(trainer.source, config=tiny("mixture={generate: 1}", "text.max_length=8"))
     with pytest.raises(InputError, match=r"in a row.*text\.max_length"):
         short()(0)
+
+
+def test_latents_from_a_cache_are_counted_as_the_tokens_that_they_are(tokenizer_folder: Path) -> None:
+    tokenizer = TextTokenizer.from_pretrained(tokenizer_folder)
+    counts = []
+    for shape, encoded in (((32, 48, 3), False), ((4, 8, 12), True)):  # of an autoencoder that takes 4 x 4 pixels
+        picture = np.zeros(shape, np.float32 if encoded else np.uint8)
+        samples = [Sample("edit", prompt="a", sources=(picture,), target_image=picture) for _ in range(3)]
+        batches = collate(samples, tokenizer, encoded=encoded)
+        shares = [take_share(batch, part, 2) for batch in batches for part in range(2)]
+        counts.append(count_tokens(batches, pixels=8, latents=2))
+        assert count_tokens(shares, pixels=8, latents=2) == counts[-1]
+        assert counts[-1] == 3 * (2 * 4 * 6 + batches[0].prompt_ids.shape[1])
+    assert counts[0] == counts[1]

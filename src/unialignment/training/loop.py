@@ -31,7 +31,7 @@ from unialignment.training.data import Prefetcher
 from unialignment.training.logging import Reporter, RunLog
 from unialignment.training.objective import PairGradients
 from unialignment.training.parallel import launched_processes
-from unialignment.training.runtime import StopRequest, autocast, compile_if_faster
+from unialignment.training.runtime import StopRequest, autocast
 from unialignment.training.samples import move
 from unialignment.training.schedule import learning_rate_factor
 from unialignment.training.sharing import Micro, Share, count_tokens, noise_seed
@@ -200,18 +200,18 @@ class Trainer(ValidatedRun):
     def _open_log(self) -> RunLog | None:
         """The run's log, in the process that writes it."""
         config = self.config
+        opened: list[RunLog] = []
 
         def prepare() -> None:
-            write_text(self.folder / "config.yaml", to_yaml(config))
-
-        log = None
-        if self.parallel.is_main:
             log = RunLog(
                 self.folder, config.logging.tensorboard, self.resumed_at, config.logging.trackers, config.run.name,
                 config.model_dump(mode="json"),
             )  # fmt: skip
-        self.parallel.on_main(prepare)
-        return log
+            opened.append(log)
+            write_text(self.folder / "config.yaml", to_yaml(config))
+
+        self.parallel.on_main(prepare)  # where it fails, it fails in all
+        return opened[0] if opened else None
 
     def _compile(self) -> None:
         if self.config.run.compile == "off":
@@ -225,9 +225,7 @@ class Trainer(ValidatedRun):
                 loss = self.objective(batches, self.noise).loss
             loss.backward()
 
-        # Block by block: all blocks share one compiled code, which keeps compilation short.
-        blocks = list(self.objective.transformer.transformer_blocks)
-        compile_if_faster(self.config.run.compile, blocks, step, self._say, dynamic=None)
+        self.parallel.compile(self.objective, self.config.run.compile, step, self._say)
         self.optimizer.zero_grad(set_to_none=True)
         restore_random_states(*states)
 
@@ -242,7 +240,7 @@ class Trainer(ValidatedRun):
                 began = time.monotonic()
                 micros = [next(data) for _ in range(self.layout.local)]
                 window.waited += time.monotonic() - began
-                window.tokens += sum(count_tokens(batches, self._token_pixels) for batches, _ in micros)
+                window.tokens += self.count_tokens(micros)
                 window.add(self.step(micros))
                 step = self.progress.step
                 if step % options.log_every == 0:
@@ -304,10 +302,11 @@ class Trainer(ValidatedRun):
         assert self._new_best is not None
         self.store.mark_best(self.progress.step, self._new_best)
 
-    @property
-    def _token_pixels(self) -> int:
-        """Side of a picture token in pixels."""
-        return int(self.objective.autoencoder.spatial_factor * self.objective.transformer.config.patch_size)
+    def count_tokens(self, micros: Sequence[Micro]) -> int:
+        """Tokens of this process's micro-batches."""
+        patch = int(self.objective.transformer.config.patch_size)
+        pixels = int(self.objective.autoencoder.spatial_factor) * patch
+        return sum(count_tokens(batches, pixels, patch) for batches, _ in micros)
 
     def _report(self, window: Window, micros: Sequence[Micro]) -> dict[str, float]:
         """Mean logs, speed and memory since the last report, of all processes."""

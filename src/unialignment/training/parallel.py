@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from unialignment.alignment.pairs import Exchange
 from unialignment.errors import ConfigError, StorageError, UniAlignmentError
 from unialignment.training.config import OptimizerSection, RunSection
-from unialignment.training.runtime import choose_device
+from unialignment.training.runtime import choose_device, compile_if_faster
 from unialignment.training.sharing import Layout
 
 T = TypeVar("T")
@@ -148,6 +148,12 @@ class Parallel:
         else:
             self._shard(objective, run)
         return self._module
+
+    @staticmethod
+    def compile(objective: Any, mode: str, step: Callable[[], None], say: Callable[[str], None]) -> None:
+        """Compile the transformer as ``run.compile`` says, see :func:`compile_if_faster`."""
+        # Block by block: all blocks share one compiled code, which keeps compilation short.
+        compile_if_faster(mode, list(objective.transformer.transformer_blocks), step, say, dynamic=None)
 
     def _shard(self, objective: Any, run: RunSection) -> None:
         from torch.distributed.device_mesh import init_device_mesh

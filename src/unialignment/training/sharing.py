@@ -158,20 +158,22 @@ def noise_seed(seed: int, position: int) -> int:
     return int(np.random.SeedSequence((seed, 0xA0153, position)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def count_tokens(batches: Sequence[Any], pixels: int) -> int:
+def count_tokens(batches: Sequence[Any], pixels: int, latents: int) -> int:
     """Tokens of conditions and targets that count in some batches.
 
     Args:
         batches: Batches, or shares of them.
         pixels: Side of a picture token in pixels.
+        latents: Side of a picture token in latents, which batches from a feature cache hold.
     """
     total = 0
     for item in batches:
         share = item if isinstance(item, Share) else None
         batch = item.batch if share is not None else item
         rows = len(batch) if share is None else int(share.valid.sum())
+        side = latents if batch.encoded else pixels
         images = list(batch.sources) + ([] if batch.target_images is None else [batch.target_images])
-        each = sum((image.shape[-2] // pixels) * (image.shape[-1] // pixels) for image in images)
+        each = sum((image.shape[-2] // side) * (image.shape[-1] // side) for image in images)
         each += batch.prompt_ids.shape[1] + (0 if batch.target_ids is None else batch.target_ids.shape[1])
         total += rows * each
     return total
