@@ -125,6 +125,46 @@ def shared_contrastive_loss(
     return (to_text + to_image) / (2 * count), right / count
 
 
+@dataclass
+class Contrast:
+    """The contrastive loss of one micro-batch, collected while its batches pass.
+
+    Attributes:
+        temperature: τ.
+        exchange: The processes that share the micro-batch's rows; each calls the same methods for each batch.
+        losses: This process's parts of the losses so far, times the number of parts, or surrogates for them.
+        images: Pictures that are compared with ``texts`` once all have come.
+        texts: Their texts.
+    """
+
+    temperature: float
+    exchange: Exchange
+    losses: list[Tensor] = field(default_factory=list)
+    images: Side = field(default_factory=Side)
+    texts: Side = field(default_factory=Side)
+
+    def compare_within(self, ids: Tensor, images: Tensor, texts: Tensor) -> None:
+        """Compare the pairs of one batch, which has both sides of each, with one another alone."""
+        images, texts, ids = (self.exchange.gather(each) for each in (images, texts, ids.to(images.device)))
+        rows = (ids >= 0).nonzero().flatten().tolist()
+        if len(rows) > 1:
+            self._add(images[rows], texts[rows])
+
+    def compare(self) -> Tensor | None:
+        """Compare the pictures and texts that have come; returns the accuracy, ``None`` for fewer than two pairs."""
+        text_ids, texts = self.texts.gathered(self.exchange)
+        image_ids, images = self.images.gathered(self.exchange)
+        first, second = matched(image_ids, text_ids)
+        if len(first) < 2 or images is None or texts is None:
+            return None
+        return self._add(images[first], texts[second])
+
+    def _add(self, images: Tensor, texts: Tensor) -> Tensor:
+        loss, accuracy = shared_contrastive_loss(images, texts, self.temperature, self.exchange)
+        self.losses.append(loss * self.exchange.parts)
+        return accuracy * self.exchange.parts
+
+
 @dataclass(frozen=True)
 class CachedGradients:
     """What GradCache keeps between its two passes.

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unialignment.alignment.losses import contrastive_loss, intrinsic_loss
-from unialignment.alignment.pairs import Exchange, Side, matched, shared_contrastive_loss
+from unialignment.alignment.losses import intrinsic_loss
+from unialignment.alignment.pairs import Contrast, Exchange
 from unialignment.alignment.projectors import AlignmentProjector
 from unialignment.diffusion import FlowPath, MaskedPath
 from unialignment.diffusion.base import PathSample
@@ -187,8 +187,7 @@ class Objective(nn.Module):
         by_task: dict[str, list[Tensor]] = defaultdict(list)
         task_counts: dict[str, int] = defaultdict(int)
         intrinsic: dict[str, list[Tensor]] = defaultdict(list)
-        texts, images = Side(), Side()
-        cross: list[Tensor] = []
+        contrast = Contrast(self.settings.temperature, self.exchange)
         scale = 1
         for index, item in enumerate(batches):
             share = item if isinstance(item, Share) else None
@@ -207,7 +206,7 @@ class Objective(nn.Module):
                     chosen &= share.valid
                 by_task[task].append(losses.detach()[chosen.to(losses.device)])
                 task_counts[task] += sum(t == task for t in tasks)
-            self._collect_pairs(batch, output, texts, images, cross, pair_gradients[index] if pair_gradients else None)
+            self._collect_pairs(batch, output, contrast, pair_gradients[index] if pair_gradients else (None, None))
             self._collect_intrinsic(item, output, intrinsic)
         parts: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
@@ -219,9 +218,11 @@ class Objective(nn.Module):
         for task, values in by_task.items():
             found = torch.cat(values)
             logs[f"task/{task}"] = found.mean() if scale == 1 else scale * found.sum() / task_counts[task]
-        self._compare(texts, images, cross, logs)
-        if cross:
-            part = torch.stack(cross).mean() if pair_gradients is None else torch.stack(cross).sum()
+        if (accuracy := contrast.compare()) is not None:
+            logs["cross/accuracy"] = accuracy
+        if contrast.losses:
+            part = torch.stack(contrast.losses)
+            part = part.mean() if pair_gradients is None else part.sum()
             if pair_gradients is None:
                 logs["loss/cross"] = part.detach()
             parts["cross"] = self.settings.cross * part
@@ -344,10 +345,6 @@ class Objective(nn.Module):
     ) -> TransformerOutput:
         """The transformer's pass over the noised targets of a batch, ``rows`` saying whose conditions each has."""
         layer = self.feature_layer if self._wants_features else None
-        # Within a group of processes all must compute alike, whoever holds the pairs.
-        paired = self._pair_sides(batch) != (False, False) and (
-            self.exchange.parts > 1 or bool((batch.pair_ids >= 0).any())
-        )
         image_target = batch.target == "image"
         if self.transformer.config.attention_mode == "joint":
             text = {"text_embeds": prompt, "text_mask": batch.prompt_mask}
@@ -363,7 +360,11 @@ class Objective(nn.Module):
             )
             return output
         cache = self.transformer.prefill(
-            text_embeds=prompt, text_mask=batch.prompt_mask, images=sources, feature_layer=layer, features=paired
+            text_embeds=prompt,
+            text_mask=batch.prompt_mask,
+            images=sources,
+            feature_layer=layer,
+            features=self._paired(batch),
         )
         shared = cache if len(rows) == len(batch) else cache.select(rows.to(prompt.device))
         output = self.transformer.denoise(shared, **noised, timestep=timestep, feature_layer=layer)
@@ -406,6 +407,12 @@ class Objective(nn.Module):
             return plain, plain
         return batch.target == "text" and len(batch.sources) == 1, plain
 
+    def _paired(self, batch: Batch) -> bool:
+        """Whether a batch has pairs; within a group of processes all must compute alike, whoever holds them."""
+        return self._pair_sides(batch) != (False, False) and (
+            self.exchange.parts > 1 or bool((batch.pair_ids >= 0).any())
+        )
+
     def _pair_embeddings(self, batch: Batch, output: TransformerOutput) -> tuple[Tensor | None, Tensor | None]:
         """Picture and text embeddings ``[b, E]``, unit vectors, where :meth:`_pair_sides` says so."""
         picture, words = self._pair_sides(batch)
@@ -420,56 +427,24 @@ class Objective(nn.Module):
         self,
         batch: Batch,
         output: TransformerOutput,
-        texts: Side,
-        images: Side,
-        cross: list[Tensor],
-        gradients: tuple[Tensor | None, Tensor | None] | None,
+        contrast: Contrast,
+        gradients: tuple[Tensor | None, Tensor | None],
     ) -> None:
-        together = self.exchange.parts > 1  # then even a process without pairs takes part in gathering
-        if self._pair_sides(batch) == (False, False) or not (together or bool((batch.pair_ids >= 0).any())):
+        if not self._paired(batch):
             return
         image, text = self._pair_embeddings(batch, output)
         if self.settings.negatives == "step":
-            for embedded, gradient in zip((image, text), gradients or (None, None), strict=True):
+            for embedded, gradient in zip((image, text), gradients, strict=True):
                 if embedded is not None and gradient is not None:
-                    cross.append((embedded * gradient.to(embedded)).sum())
+                    contrast.losses.append((embedded * gradient.to(embedded)).sum())
         elif self.settings.cross_form == "published":
             assert image is not None
             assert text is not None
-            if together:
-                ids, everyone = self.exchange.gather(batch.pair_ids.to(image.device)), self.exchange.gather
-                all_images, all_texts = everyone(image), everyone(text)
-                rows = (ids >= 0).nonzero().flatten().tolist()
-                if len(rows) > 1:
-                    cross.append(self._cross_part(all_images[rows], all_texts[rows])[0])
-                return
-            rows = (batch.pair_ids >= 0).nonzero().flatten().tolist()
-            if len(rows) > 1:
-                cross.append(contrastive_loss(image[rows], text[rows], temperature=self.settings.temperature))
+            contrast.compare_within(batch.pair_ids, image, text)
         elif text is not None:
-            texts.add(batch.pair_ids, text)
+            contrast.texts.add(batch.pair_ids, text)
         elif image is not None:
-            images.add(batch.pair_ids, image)
-
-    def _cross_part(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's part of loss and accuracy, times the number of parts."""
-        loss, accuracy = shared_contrastive_loss(images, texts, self.settings.temperature, self.exchange)
-        return loss * self.exchange.parts, accuracy * self.exchange.parts
-
-    def _compare(self, texts: Side, images: Side, cross: list[Tensor], logs: dict[str, Tensor]) -> None:
-        """The contrastive loss between the texts and pictures collected over the micro-batch."""
-        text_ids, all_texts = texts.gathered(self.exchange)
-        image_ids, all_images = images.gathered(self.exchange)
-        first, second = matched(image_ids, text_ids)
-        if len(first) < 2 or all_images is None or all_texts is None:
-            return
-        pictures, words = all_images[first], all_texts[second]
-        if self.exchange.parts > 1:
-            loss, logs["cross/accuracy"] = self._cross_part(pictures, words)
-            cross.append(loss)
-            return
-        cross.append(contrastive_loss(pictures, words, temperature=self.settings.temperature))
-        logs["cross/accuracy"] = ((pictures @ words.T).argmax(1).cpu() == torch.arange(len(first))).float().mean()
+            contrast.images.add(batch.pair_ids, image)
 
     def _collect_intrinsic(
         self, item: Batch | Share, output: TransformerOutput, intrinsic: dict[str, list[Tensor]]
