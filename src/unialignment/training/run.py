@@ -37,7 +37,7 @@ from unialignment.training.samples import (
     validation_samples,
 )
 from unialignment.training.schedule import Progress
-from unialignment.training.sharded import load_tensors, save_sharded
+from unialignment.training.sharded import Like, load_tensors, save_sharded
 from unialignment.training.sharing import Layout, Micro, SharedSource
 
 RESUME_MUST_MATCH = ("world", "model", "lora", "text", "autoencoder", "mixture", "micro_batches", "teacher")
@@ -174,7 +174,7 @@ class Run:
                     "to start over in this one."
                 )
         check_same_data(now, state["config"])
-        tensors = load_tensors(latest, self._like, self.parallel)
+        tensors = load_tensors(latest, self._like(), self.parallel)
         if self.config.lora.rank:
             lora.load_trained_state(self.trainable, without_prefix("model.", tensors))
         else:
@@ -190,22 +190,25 @@ class Run:
         self.resumed_at = self.progress.step
         return True
 
-    def _like(self, name: str, shape: torch.Size) -> Tensor | None:
-        """The tensor of this run that a checkpoint's is for; ``None`` if nothing is sharded."""
-        if not self.parallel.sharded:
-            return None
-        kind, _, rest = name.partition(".")
-        if kind == "model":
-            return self._sharded_state().get(rest)
-        if kind == "ema":
-            return self.ema.shadow.get(rest.removeprefix("shadow."))
-        if kind == "optimizer":
-            parameter = self.parameters[int(rest.partition(".")[0])]
-            return parameter if parameter.shape == shape else None
-        return None
+    def _like(self) -> Like:
+        """Says which tensor of this run a checkpoint's is for; ``None`` if nothing is sharded."""
+        state = self.trainable.state_dict() if self.parallel.sharded else {}
+        sharded = {name: value for name, value in state.items() if is_sharded(value)}
 
-    def _sharded_state(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.trainable.state_dict().items() if is_sharded(value)}
+        def like(name: str, shape: torch.Size) -> Tensor | None:
+            kind, _, rest = name.partition(".")
+            if not self.parallel.sharded:
+                return None
+            if kind == "model":
+                return sharded.get(rest)
+            if kind == "ema":
+                return self.ema.shadow.get(rest.removeprefix("shadow."))
+            if kind == "optimizer":
+                parameter = self.parameters[int(rest.partition(".")[0])]
+                return parameter if parameter.shape == shape else None
+            return None
+
+        return like
 
 
 def _absent(section: str) -> Any:
