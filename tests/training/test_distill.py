@@ -12,7 +12,7 @@ import torch
 
 import unialignment
 from unialignment.cli import main
-from unialignment.errors import ConfigError, UniAlignmentError
+from unialignment.errors import ConfigError, StorageError, UniAlignmentError
 from unialignment.model.tokenizer import encode_conditions
 from unialignment.training.batching import Batch
 from unialignment.training.distill import Distiller, DistillSettings, Stage
@@ -179,6 +179,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(pipe: Any, tmp_path: Path) -> N
         distiller.run()
 
 
+def test_a_folder_that_cannot_be_made_is_explained(pipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        Distiller(pipe, batches_for(pipe), settings(Stage(None, 1)), tmp_path / "file" / "run").run()
+
+
 @pytest.mark.parametrize(
     "stages",
     [
@@ -205,6 +211,8 @@ def test_the_configuration_of_the_bundled_model_is_usable(repo_root: Path) -> No
     [
         ("stepz=[4]", "steps"),
         ("steps=[8,3]", "half"),
+        ("steps=[0]", "steps.0"),
+        ("mixture={generate: -1, edit: 2}", "mixture.generate"),
         ("mixture={paint: 3}", "paint"),
         ("mixture={generate: 0, edit: 0, perceive: 0, control: 0, compose: 0}", "draws"),
     ],

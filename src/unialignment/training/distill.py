@@ -28,7 +28,7 @@ from unialignment.errors import ConfigError, UniAlignmentError
 from unialignment.model.tokenizer import encode_conditions
 from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.pipeline import UniAlignmentPipeline
-from unialignment.storage import write_text
+from unialignment.storage import storage_error, write_text
 from unialignment.training.batching import Batch
 from unialignment.training.checkpoint import (
     CheckpointStore,
@@ -144,8 +144,16 @@ class Distiller:
     # -------------------------------------------------------------------------------------------------- the whole run
 
     def run(self) -> Path:
-        """Distil through all stages, from the last checkpoint if there is one; returns the student's folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Distil through all stages, from the last checkpoint if there is one; returns the student's folder.
+
+        Raises:
+            ConfigError: the folder holds a run of other stages.
+            StorageError: something could not be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(self.folder, error) from error
         self.resume()
         stages = self.settings.stages
         while self.stage < len(stages):
@@ -330,8 +338,12 @@ class Distiller:
     def _log(self, stage: Stage, window: list[dict[str, float]]) -> None:
         means = {key: sum(row.get(key, 0.0) for row in window) / len(window) for key in window[0]}
         entry = {"stage": stage.name, "update": self.update, **means}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise storage_error(path, error) from error
         self.say(f"{stage.name} {self.update}/{stage.updates}: " + ", ".join(f"{k} {v:.5f}" for k, v in means.items()))
 
     def save(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,7 +28,7 @@ class DistillConfig(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads of torch. Default: all.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast.")
     world: WorldSection = Field(default_factory=WorldSection)
-    mixture: dict[str, int] = Field(
+    mixture: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default_factory=lambda: {"generate": 12, "edit": 6, "perceive": 6, "control": 2, "compose": 4, "caption": 4,
                                  "answer": 4, "infill": 2},
         description="Samples of each task in an update; texts are held where they are.",
@@ -36,7 +36,9 @@ class DistillConfig(Section):
     guidance: dict[str, float] = Field(default_factory=dict, description="Scale by task. Default: the model's own.")
     shift: float = Field(1.0, gt=0, description="Resolution shift of the noise levels.")
     guidance_updates: int = Field(3000, ge=1, description="Updates of guidance distillation.")
-    steps: tuple[int, ...] = Field((16, 8, 4), description="Student's steps of each halving; each half of the last.")
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (16, 8, 4), description="Student's steps of each halving; each half of the last."
+    )
     halving_updates: int = Field(2000, ge=1, description="Updates of each halving.")
     lr: float = Field(3e-4, gt=0)
     warmup: int = Field(50, ge=1)
