@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from unialignment.errors import ConfigError
+from unialignment.tasks import TASKS
 
 
 def _on_off(value: Any) -> Any:
@@ -26,14 +27,13 @@ def _on_off(value: Any) -> Any:
 
 Compile = Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-_TASK_NAMES = ("generate", "caption", "answer", "edit", "perceive", "control", "compose", "infill")
 
 
 def _known_task(name: str, section: str) -> None:
-    if name not in _TASK_NAMES:
-        near = difflib.get_close_matches(name, _TASK_NAMES, n=1, cutoff=0.4)
+    if name not in TASKS.names:
+        near = difflib.get_close_matches(name, TASKS.names, n=1, cutoff=0.4)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{section}: unknown task {name!r}{hint} (known: {', '.join(_TASK_NAMES)})")
+        raise ValueError(f"{section}: unknown task {name!r}{hint} (known: {', '.join(TASKS.names)})")
 
 
 class Section(BaseModel):
