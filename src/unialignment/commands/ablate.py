@@ -56,11 +56,9 @@ def ablate(args: argparse.Namespace) -> int:
         if not driver.run_all(config, say, args.in_process):
             say("stopped; the same command goes on")
             return 130
-        records, planned = report.collect(config)
-    else:
-        records, planned = report.collect(config)
-        if not records and (folder / "records.jsonl").is_file():  # the runs themselves are elsewhere, or gone
-            records = report.read_records(folder / "records.jsonl")
+    records, planned = report.collect(config)
+    if args.report_only and not records and (folder / "records.jsonl").is_file():
+        records = report.read_records(folder / "records.jsonl")  # the runs themselves are elsewhere, or gone
     paths = report.write_report(config, records, planned, folder)
     data = {"finished": len(records), "planned": planned, "files": [str(path) for path in paths]}
     lines = [f"{len(records)} of {planned} runs finished", *(str(path) for path in paths)]

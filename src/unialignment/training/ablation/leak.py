@@ -97,21 +97,19 @@ def measure_leak(
     )
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     captions = list(captions)
-    separate = recall(_embed_pictures(pipe, latents, batch_size), pipe.embed_text(captions))
-    swapped = captions[1:] + captions[:1]
+    clean, texts = _embed_pictures(pipe, latents, batch_size), pipe.embed_text(captions)
+    separate = recall(clean, texts)
     if form == "condition":
-        texts = pipe.embed_text(captions)
         blind = recall(_embed_pictures(pipe, noise, batch_size), texts)
-        clean = _embed_pictures(pipe, latents, batch_size)
         # Sides are encoded apart: the caption that goes with a pass can't change the picture's features.
-        to_pass, to_own = _nearest(clean, pipe.embed_text(swapped))
-        seen = {"clean": recall(clean, texts)}
-        return Leak(form, len(captions), seen, blind, {"clean": to_pass}, {"clean": to_own}, separate)
+        to_pass, to_own = _nearest(clean, texts.roll(-1, dims=0))
+        return Leak(form, len(captions), {"clean": separate}, blind, {"clean": to_pass}, {"clean": to_own}, separate)
 
     def passed(texts: list[str], sigma: float) -> tuple[Tensor, Tensor]:
         return _streams(pipe, (1 - sigma) * latents + sigma * noise, texts, sigma, batch_size)
 
     as_trained = {f"{sigma:g}": recall(*passed(captions, sigma)) for sigma in LEVELS}
+    swapped = captions[1:] + captions[:1]
     exchanged = {f"{sigma:g}": _nearest(*passed(swapped, sigma)) for sigma in LEVELS}
     return Leak(
         form,

@@ -23,7 +23,6 @@ CURVES: tuple[tuple[str, str], ...] = (
     ("validation/task/caption", "held-out loss of caption"),
     ("validation/retrieval/r1", "retrieval R@1 among held-out pairs"),
 )
-LOWER_IS_BETTER = ("validation.",)
 
 
 def collect(config: AblationConfig) -> tuple[list[dict[str, Any]], int]:
