@@ -79,7 +79,10 @@ def render_card(results: Results, facts: dict[str, Any] | None = None) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in (facts or {}).items())
     top = f"| | |\n|---|---|\n{rows}\n\n" if rows else ""
     by_kind = f"### Questions by kind\n\n{kind_table(results)}\n\n" if results.by_kind else ""
-    settings = f" Sampler settings other than the defaults: `{results.settings}`." if results.settings else ""
+    sampler = {key: value for key, value in results.settings.items() if key != "shortened_prompts"}
+    settings = f" Sampler settings other than the defaults: `{sampler}`." if sampler else ""
+    if shortened := results.settings.get("shortened_prompts"):
+        settings += f" {shortened} prompts were longer than the model reads and were cut."
     return f"""# Model card: {results.model}
 
 {top}One diffusion transformer for every task below, trained from nothing on rendered scenes of the scene world's
