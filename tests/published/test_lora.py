@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unialignment.errors import CheckpointError, ConfigError, InputError
+from unialignment.model.initialise import initialise_from_sd3
 from unialignment.model.lora import (
     add_lora,
     load_lora,
@@ -176,6 +177,63 @@ def test_final_modulations_are_swapped_where_spellings_differ(tmp_path: Path) ->
         pairs, report = read_lora(write(tmp_path / "c.safetensors", state), make_transformer())
         assert not report.unmatched
         torch.testing.assert_close(pairs[layer].up, torch.cat([shift, scale, torch.zeros(4 * WIDTH, 2)]))
+
+
+def test_kohya_form_of_the_second_attention(tmp_path: Path) -> None:
+    """SD 3.5's: fused like the first, and three more vectors in the norm, in the order of diffusers."""
+    changes: dict[str, Any] = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+    state, deltas = {}, {}
+    for index, (name, layers) in enumerate(
+        {
+            "attn2_qkv": [f"transformer_blocks.0.attn2.{name}" for name in ("to_q", "to_k", "to_v")],
+            "attn2_proj": ["transformer_blocks.0.attn2.to_out.0"],
+            "adaLN_modulation_1": ["transformer_blocks.0.norm1.linear"],
+        }.items()
+    ):
+        linear = make_transformer(**changes).get_submodule(layers[0])
+        down, up = halves(linear.in_features, linear.out_features * len(layers), 4, index)
+        stem = f"lora_unet_joint_blocks_0_x_block_{name}"
+        state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        deltas |= {layer: part @ down for layer, part in zip(layers, up.chunk(len(layers)), strict=True)}
+    model, expected = make_transformer(**changes), make_transformer(**changes)
+    report = load_lora(model, write(tmp_path / "k.safetensors", state))
+    assert set(report.matched) == set(deltas) and not report.unmatched
+    with torch.no_grad():
+        for layer, delta in deltas.items():
+            expected.get_submodule(layer).weight.add_(delta)
+    torch.testing.assert_close(outputs(model), outputs(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flavour", [{}, {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}], ids=["3.0", "3.5"])
+def test_a_lora_of_diffusers_does_here_what_it_does_there(flavour: dict[str, Any], tmp_path: Path) -> None:
+    """Trained on their class on every linear layer, saved by their pipeline, loaded onto what their weights became."""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"} | flavour
+    torch.manual_seed(0)
+    theirs = SD3Transformer2DModel(**sizes, caption_projection_dim=WIDTH, pooled_projection_dim=8).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path / "base")
+    layers = [name for name, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)]
+    layers = [name for name in layers if "text_embedder" not in name]  # the pooled projection is dropped here
+    theirs.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=layers))
+    randomise(theirs)  # type: ignore[arg-type]
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(theirs))
+    ours, _ = initialise_from_sd3(tmp_path / "base", vocab_size=64)
+    report = load_lora(ours, tmp_path, scale=5 / 3)  # an older file of theirs doesn't tell its alpha
+    assert len(report.matched) == len(layers) and not report.unmatched
+    given = inputs()
+    del given["target"]
+    with torch.no_grad():
+        text, latents, timestep = given["text_embeds"], given["latents"], given["timestep"]
+        expected = theirs(latents, text, torch.zeros(2, 8), timestep).sample
+        found = ours(**given).velocity
+        theirs.disable_adapters()
+        plain = theirs(latents, text, torch.zeros(2, 8), timestep).sample
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (expected - plain).abs().max() > 0.1
 
 
 def test_what_has_no_place_is_listed_with_its_reason(tmp_path: Path) -> None:

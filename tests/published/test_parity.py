@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,22 +91,26 @@ def test_a_batch_of_one_is_the_same(official: tuple[UniAlignmentTransformer, dic
 class Reference(nn.Module):
     """What the published architecture computes, assembled from diffusers' own parts under the published names."""
 
-    def __init__(self, vocab_size: int, **sizes: int) -> None:
+    def __init__(self, vocab_size: int, null_tokens: int, flavour: dict[str, Any], **sizes: int) -> None:
         super().__init__()
         dim = sizes["attention_head_dim"] * sizes["num_attention_heads"]
-        base = SD3Transformer2DModel(**sizes, caption_projection_dim=dim, pooled_projection_dim=8)
+        base = SD3Transformer2DModel(**sizes, **flavour, caption_projection_dim=dim, pooled_projection_dim=8)
         self.pos_embed, self.context_embedder = base.pos_embed, base.context_embedder
-        last = JointTransformerBlock(dim, sizes["num_attention_heads"], sizes["attention_head_dim"])
+        last = JointTransformerBlock(
+            *(dim, sizes["num_attention_heads"], sizes["attention_head_dim"]),
+            qk_norm=flavour.get("qk_norm"),
+            use_dual_attention=sizes["num_layers"] - 1 in flavour.get("dual_attention_layers", ()),
+        )
         self.transformer_blocks = nn.ModuleList([*base.transformer_blocks[:-1], last])
         self.time_text_embed = base.time_text_embed
         del self.time_text_embed.text_embedder
         self.image_norm_out, self.image_proj_out = base.norm_out, base.proj_out
         self.text_proj_out = nn.Linear(dim, vocab_size)
-        self.null_image_embd = nn.Parameter(torch.randn(1, 8, dim))
+        self.null_image_embd = nn.Parameter(torch.randn(1, null_tokens, dim))
         self.patch = sizes["patch_size"]
         for name, parameter in self.named_parameters():
-            nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.1)
-            assert "norm_q" not in name
+            mean = 1.0 if re.search(r"\.norm_(added_)?[qk]\.", name) else 0.0
+            nn.init.normal_(parameter, mean, 0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.1)
 
     @torch.no_grad()
     def forward(
@@ -136,6 +142,12 @@ SIZES = {  # vocabulary, sample size, the arguments above, latent height and wid
     "wide": (300, 16, (2, 64, 2, 96, 16, 16, 2, 24), (16, 8), 2, 33),
     "deep": (50, 32, (9, 16, 2, 32, 4, 8, 2, 192), (32, 32), 3, 7),
     "large patches": (64, 12, (3, 32, 1, 24, 8, 8, 4, 5), (20, 8), 1, 128),
+    "3.5": (40, 8, (4, 16, 3, 24, 6, 6, 2, 12), (8, 20), 2, 11),
+    "3.5 to the last block": (40, 8, (3, 24, 2, 16, 5, 5, 3, 7), (9, 21), 1, 300),
+}
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "3.5": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 2)},
+    "3.5 to the last block": {"qk_norm": "rms_norm", "dual_attention_layers": (1, 2)},
 }
 
 
@@ -144,11 +156,14 @@ SIZES = {  # vocabulary, sample size, the arguments above, latent height and wid
 def test_other_sizes_match_the_architecture(tmp_path: Path, name: str, sharded: bool) -> None:
     vocab_size, sample_size, values, shape, batch, length = SIZES[name]
     sizes = dict(zip(_ARGUMENTS, values, strict=True))
+    flavour = FLAVOURS.get(name, {})
     torch.manual_seed(len(name))
-    reference = Reference(vocab_size, sample_size=sample_size, **sizes).eval()
+    # How many null-image tokens there are isn't in a published config.
+    reference = Reference(vocab_size, 1 + len(name), flavour, sample_size=sample_size, **sizes).eval()
     config = {"_class_name": "SD3JointModelFlexible", "vocab_size": vocab_size, "sample_size": sample_size, **sizes}
     config |= {"caption_projection_dim": sizes["attention_head_dim"] * sizes["num_attention_heads"]}
-    config |= {"_use_default_values": ["num_layers", "in_channels"], "dual_attention_layers": [], "qk_norm": None}
+    config |= {"dual_attention_layers": list(flavour.get("dual_attention_layers", ()))}
+    config |= {"_use_default_values": ["num_layers", "in_channels", "qk_norm"], "qk_norm": flavour.get("qk_norm")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     state = {key: value.clone() for key, value in reference.state_dict().items()}
     if sharded:
