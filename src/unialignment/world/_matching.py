@@ -88,9 +88,9 @@ def canvas_features(picture: Array, behind: Array, front: Array | None, weight: 
         features[..., 0:3] = weight * difference
         features[..., 4:5] = weight * weight
         features[..., 5:8] = features[..., 4:5] * behind
-    features[..., 3] = (features[..., 0:3] * behind).sum(-1)
-    features[..., 8] = (features[..., 5:8] * behind).sum(-1)
-    features[..., 9] = (features[..., 0:3] * difference).sum(-1)
+    for target, channels, factor in ((3, slice(0, 3), behind), (8, slice(5, 8), behind), (9, slice(0, 3), difference)):
+        product = features[..., channels] * factor
+        features[..., target] = product[..., 0] + product[..., 1] + product[..., 2]  # faster than a sum over three
     return padded
 
 
@@ -140,22 +140,24 @@ class ScanBank:
             starts=starts,
         )
 
-    def scan(self, features: Array) -> tuple[Array, Array, Array]:
-        """Correlation, energy and missing error of every template at every start.
+    def scan(self, features: Array, where: NDArray[np.int64]) -> tuple[Array, Array, Array]:
+        """Correlation, energy and missing error of every template at chosen places.
 
         Args:
             features: Padded features at scan resolution.
+            where: Places, ``row * len(starts) + column``. The products cost in proportion to how many there are.
 
         Returns:
-            Each ``[T, len(starts)**2]``, position ``row * len(starts) + column``.
+            Each ``[T, len(where)]``.
         """
-        rows, columns, count = self.starts[:, None], self.starts[None, :], self.starts.size**2
+        down, across = np.divmod(where, len(self.starts))
+        rows, columns, count = self.starts[down], self.starts[across], len(where)
         sharp = features[..., CORRELATION]
         windows = np.lib.stride_tricks.sliding_window_view(sharp, (self.side, self.side), axis=(0, 1))
-        first = windows[rows, columns].transpose(0, 1, 3, 4, 2).reshape(count, -1)
+        first = windows.transpose(0, 1, 3, 4, 2)[rows, columns].reshape(count, -1)
         coarse = 0.25 * (features[:-1, :-1] + features[1:, :-1] + features[:-1, 1:] + features[1:, 1:])
         windows = np.lib.stride_tricks.sliding_window_view(coarse, (self.side - 1, self.side - 1), axis=(0, 1))
-        second = windows[rows, columns][..., ::2, ::2].transpose(0, 1, 3, 4, 2)
+        second = windows[..., ::2, ::2].transpose(0, 1, 3, 4, 2)[rows, columns]
         energy = self.energy @ second[..., ENERGY].reshape(count, -1).T
         missing = self.missing @ second[..., MISSING].reshape(count, -1).T
         return self.correlation @ first.T, energy, missing

@@ -202,10 +202,24 @@ class Search:
         # Half a white pixel on black (at 64 px): far less than any sprite, more than rounding leaves.
         self._floor = 0.5 * synthesis.geometry.unit**2
         self._margin = synthesis.geometry.pad + OVERHANG * synthesis.geometry.unit
+        # The same states come up again and again: when a sweep changes nothing, from another start, in another order.
+        self._canvases: dict[tuple[Placed, ...], Array] = {}
+        self._errors: dict[tuple[Placed, ...], float] = {}
+        self._fits: dict[tuple[tuple[Placed, ...], tuple[Placed, ...], int], list[Fit]] = {}
 
     def error(self, placed: Sequence[Placed]) -> float:
         """Summed squared error of drawing ``placed``."""
-        return float(((self._picture - self._synthesis.compose(self._background, placed)) ** 2).sum())
+        key = tuple(placed)
+        if key not in self._errors:
+            self._errors[key] = float(((self._picture - self._compose(placed)) ** 2).sum())
+        return self._errors[key]
+
+    def _compose(self, placed: Sequence[Placed]) -> Array:
+        """``placed`` over the background; not to be written to."""
+        key = tuple(placed)
+        if key not in self._canvases:
+            self._canvases[key] = self._synthesis.compose(self._background, placed)
+        return self._canvases[key]
 
     def run(self, start: Sequence[Placed] = ()) -> tuple[list[Placed], float]:
         """Placements found, far to near, and their error.
@@ -236,7 +250,8 @@ class Search:
             others = [*placed[:index], *placed[index + 1 :]]
             if any(item.touches(other) for other in others):
                 fine = self._fine(placed[:index], placed[index + 1 :])
-                placed = [*placed[:index], self._climb(fine, self._evaluate(fine, item)).placed, *placed[index + 1 :]]
+                moved = self._climb(fine, self._evaluate(fine, [item])[0]).placed
+                placed = [*placed[:index], moved, *placed[index + 1 :]]
         return placed
 
     def _doubtful(self, placed: list[Placed]) -> list[tuple[Placed, ...]]:
@@ -254,8 +269,7 @@ class Search:
         where, _ = self._synthesis.window(placed[index])
         others = [*placed[:index], *placed[index + 1 :]]
         left, without = (
-            float(((self._picture[where] - self._synthesis.compose(self._background, items)[where]) ** 2).sum())
-            for items in (placed, others)
+            float(((self._picture[where] - self._compose(items)[where]) ** 2).sum()) for items in (placed, others)
         )
         return 1.0 - left / max(without, 1e-6)
 
@@ -299,7 +313,7 @@ class Search:
             index = placed.index(item)
             if self._kept(placed, index) >= GOOD_FIT:
                 continue
-            current = self._evaluate(self._fine(others[:index], others[index:]), item)
+            current = self._evaluate(self._fine(others[:index], others[index:]), [item])[0]
             depths = range(len(placed)) if any(item.touches(other) for other in others) else (index,)
             for depth in depths:
                 fit = self._best_fit(others[:depth], others[depth:])
@@ -322,7 +336,7 @@ class Search:
     def _fine(self, behind: Sequence[Placed], front: Sequence[Placed]) -> Array:
         return canvas_features(
             self._picture,
-            self._synthesis.compose(self._background, behind),
+            self._compose(behind),
             *self._synthesis.front(front),
             self._margin,
         )
@@ -333,8 +347,14 @@ class Search:
 
     def _best_fits(self, behind: Sequence[Placed], front: Sequence[Placed], count: int) -> list[Fit]:
         """Best additional objects between ``behind`` and ``front``, best first, no two the same template."""
+        key = tuple(behind), tuple(front), count
+        if key not in self._fits:
+            self._fits[key] = self._find_fits(behind, front, count)
+        return self._fits[key]
+
+    def _find_fits(self, behind: Sequence[Placed], front: Sequence[Placed], count: int) -> list[Fit]:
         g = self._synthesis.geometry
-        canvas = self._synthesis.compose(self._background, behind)
+        canvas = self._compose(behind)
         layers = self._synthesis.front(front)
         fine = canvas_features(self._picture, canvas, *layers, self._margin)
         allowed = {size: self._allowed(size, [*behind, *front]) for size in self._banks}
@@ -346,7 +366,7 @@ class Search:
                 front_small, weight_small = (None if x is None else apply_separable(x, rows, columns) for x in layers)
                 small = canvas_features(picture, ground, front_small, weight_small, g.scan_pad)
                 picked |= dict.fromkeys(self._scan(small, allowed, dx, dy))
-        options = sorted((self._evaluate(fine, item) for item in picked), key=lambda fit: -fit.merit)
+        options = sorted(self._evaluate(fine, list(picked)), key=lambda fit: -fit.merit)
         chosen: dict[Key, Fit] = {}
         for option in options[: 2 + count]:
             fit = self._climb(fine, option)
@@ -354,8 +374,8 @@ class Search:
                 chosen[fit.placed.key] = fit
         return sorted(chosen.values(), key=lambda fit: -fit.merit)[:count]
 
-    def _allowed(self, size: int, others: Sequence[Placed]) -> NDArray[np.bool_]:
-        """Which scan positions of a template size don't overlap ``others`` too much."""
+    def _allowed(self, size: int, others: Sequence[Placed]) -> NDArray[np.int64]:
+        """The scan positions of a template size that don't overlap ``others`` too much."""
         starts = self._banks[size].starts * self._synthesis.geometry.scan_units
         allowed = np.ones((len(starts), len(starts)), dtype=bool)
         for other in others:
@@ -363,20 +383,23 @@ class Search:
             height = np.minimum(starts + size, other.y + other.key[1]) - np.maximum(starts, other.y)
             shared = np.maximum(height, 0)[:, None] * np.maximum(width, 0)[None]
             allowed &= shared <= MOST_OVERLAP * min(size, other.key[1]) ** 2
-        return allowed.ravel()
+        return np.flatnonzero(allowed)
 
-    def _scan(self, coarse: Array, allowed: Mapping[int, NDArray[np.bool_]], dx: int, dy: int) -> list[Placed]:
+    def _scan(self, coarse: Array, allowed: Mapping[int, NDArray[np.int64]], dx: int, dy: int) -> list[Placed]:
         """Candidates by merit and by gain over all templates and scan positions."""
         gains, merits, owners = [], [], []
         for size, bank in self._banks.items():
-            correlation, energy, missing = bank.scan(coarse)
+            where = allowed[size]
+            if not where.size:
+                continue
+            correlation, energy, missing = bank.scan(coarse, where)
             gain = 2 * correlation - energy
-            gain[:, ~allowed[size]] = -1.0
             index = np.flatnonzero(gain > 0.3 * gain.max())
             index = index[gain.ravel()[index] > 0]
             gains.append(gain.ravel()[index])
             merits.append(merit(correlation.ravel()[index], energy.ravel()[index], missing.ravel()[index]))
-            owners += [(size, int(item)) for item in index]
+            template, place = np.divmod(index, where.size)
+            owners += [(size, *pair) for pair in zip(template.tolist(), where[place].tolist(), strict=True)]
         if not owners:
             return []
         picked: dict[Placed, None] = {}
@@ -386,37 +409,39 @@ class Search:
                 picked[self._place(*owners[int(choice)], dx, dy)] = None
         return list(picked)
 
-    def _place(self, size: int, flat: int, dx: int, dy: int) -> Placed:
+    def _place(self, size: int, template: int, position: int, dx: int, dy: int) -> Placed:
         starts = self._banks[size].starts * self._synthesis.geometry.scan_units
-        template, position = divmod(flat, len(starts) ** 2)
         row, column = divmod(position, len(starts))
         limit = CANVAS_UNITS - size
         return Placed((template, size), min(int(starts[column]) + dx, limit), min(int(starts[row]) + dy, limit))
 
-    def _evaluate(self, fine: Array, placed: Placed) -> Fit:
-        weights, unit = self._synthesis.templates.weights(placed.key), self._synthesis.geometry.unit
-        side = weights.shape[0]
-        top, left = (placed.y + OVERHANG) * unit, (placed.x + OVERHANG) * unit
-        totals: NDArray[np.float32] = np.einsum("hwc,hwc->c", fine[top : top + side, left : left + side], weights)
-        correlation, energy = totals[CORRELATION].sum(), totals[ENERGY].sum()
-        value = merit(correlation, energy, totals[MISSING].sum())
-        return Fit(placed, float(2 * correlation - energy), float(energy), float(value))
+    def _evaluate(self, fine: Array, placements: Sequence[Placed]) -> list[Fit]:
+        """What each placement does for the picture, ``fine`` being its features at full resolution."""
+        unit = self._synthesis.geometry.unit
+        totals = np.empty((len(placements), fine.shape[-1]), dtype=np.float32)
+        for index, item in enumerate(placements):
+            weights = self._synthesis.templates.weights(item.key)
+            side = weights.shape[0]
+            top, left = (item.y + OVERHANG) * unit, (item.x + OVERHANG) * unit
+            np.einsum("hwc,hwc->c", fine[top : top + side, left : left + side], weights, out=totals[index])
+        correlation, energy, missing = (totals[:, part].sum(axis=1) for part in (CORRELATION, ENERGY, MISSING))
+        columns = 2 * correlation - energy, energy, merit(correlation, energy, missing)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [Fit(item, *row) for item, row in zip(placements, rows, strict=True)]
 
     def _climb(self, fine: Array, fit: Fit) -> Fit:
         """Move by single units, at most two each way, while that explains more."""
         origin, tried = fit.placed, {(fit.placed.x, fit.placed.y)}
         low, high = -OVERHANG, CANVAS_UNITS - origin.key[1] + OVERHANG
         for _ in range(4):
-            start = fit
+            start, near = fit, []
             for dx, dy in _NEIGHBOURS:
                 x, y = start.placed.x + dx, start.placed.y + dy
                 inside = low <= x <= high and low <= y <= high and max(abs(x - origin.x), abs(y - origin.y)) <= 2
-                if (x, y) in tried or not inside:
-                    continue
-                tried.add((x, y))
-                moved = self._evaluate(fine, Placed(origin.key, x, y))
-                if moved.gain > fit.gain:
-                    fit = moved
+                if inside and (x, y) not in tried:
+                    tried.add((x, y))
+                    near.append(Placed(origin.key, x, y))
+            fit = max([start, *self._evaluate(fine, near)], key=lambda moved: moved.gain)  # the first of equals
             if fit is start:
                 break
         return fit
