@@ -93,6 +93,27 @@ def test_a_damaged_latest_is_passed_over(tmp_path: Path, damage: str) -> None:
     assert store.load()[1]["step"] == 1
 
 
+def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+    for step, score in enumerate([5.0, 3.0, 4.0, 9.0, 2.0, 8.0], 1):
+        better = store.is_better(score)
+        store.save(step, tensors(step), {})
+        assert better == (step not in (4, 6))
+        if better:
+            store.mark_best(step, score)
+    assert store.best() == [{"step": 5, "score": 2.0}, {"step": 2, "score": 3.0}]
+    kept = sorted(p.name for p in tmp_path.glob("step-*"))
+    assert kept == ["step-00000002", "step-00000005", "step-00000006"] and store.load()[1]["step"] == 6
+    again = CheckpointStore(tmp_path, keep=1, keep_best=2)  # after a restart
+    assert again.is_better(2.5) and not again.is_better(3.5)
+    again.save(7, tensors(7), {})
+    again.mark_best(7, 1.0)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000005", "step-00000007"]
+    assert not CheckpointStore(tmp_path).is_better(0.0)  # none are wanted
+    (tmp_path / "best.json").write_text("{")
+    assert again.best() == [] and again.is_better(99.0)
+
+
 def test_what_a_killed_save_left_is_ignored_and_cleaned(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     store.save(1, tensors(1), {})

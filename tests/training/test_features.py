@@ -152,7 +152,8 @@ def losses(config: TransformerConfig, all_batches: list[list[Batch]]) -> list[fl
 def test_training_from_the_cache_gives_the_same_losses(own: Make, tmp_path: Path) -> None:
     options = ("teacher.name=stub", "data.buckets=true", "data.bucket_step=8")
     plain = own(*options)
-    build_cache(make_plan(plain, tmp_path / "features", 0, 4, batch_size=3), report=quiet)
+    store = build_cache(make_plan(plain, tmp_path / "features", 0, 4, batch_size=3), report=quiet)
+    assert 0 < store.count("teacher_image") == store.count("teacher_text") < store.count("latent")  # pairs only
     Stub.calls = 0
     cached = own(*options, f"data.cache={tmp_path / 'features'}", f"run.dir={tmp_path / 'cached'}")
     ours = batches_of(cached, 3)

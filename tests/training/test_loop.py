@@ -113,6 +113,48 @@ def test_the_saved_model_is_the_average(tiny: Make, silent) -> None:
     assert not torch.equal(saved[name], trainer.objective.transformer.state_dict()[name])
 
 
+def test_the_best_validation_is_kept_with_its_weights(tiny: Make, tmp_path: Path, silent, monkeypatch) -> None:
+    config = tiny(FEW, "run.max_steps=5", "logging.validation_steps=1", "run.keep_best=1", "run.keep_checkpoints=1")
+    trainer = Trainer(config, silent)
+    real, scores = trainer.validate, iter([3.0, 1.0, 2.0, 4.0, 2.5, 2.5])
+
+    def validated(log=None):
+        found = real(log)
+        trainer.validations[-1] = {"step": trainer.progress.step, "task/edit": next(scores)}
+        return found
+
+    averages = {}
+    step = trainer.step
+
+    def stepped(micros):
+        logs = step(micros)
+        averages[trainer.progress.step] = {k: v.clone() for k, v in trainer.ema.shadow.items()}
+        return logs
+
+    monkeypatch.setattr(trainer, "validate", validated)
+    monkeypatch.setattr(trainer, "step", stepped)
+    trainer.train()
+    assert trainer.store.best() == [{"step": 2, "score": 1.0}]
+    assert sorted(p.name for p in trainer.store.folder.glob("step-*")) == ["step-00000002", "step-00000005"]
+    name = "transformer_blocks.0.attn.to_q.weight"
+    for folder, which in (("model-best", 2), ("model", 5)):
+        saved = unialignment.load(tmp_path / "run" / folder, device="cpu").transformer.state_dict()
+        assert torch.equal(saved[name], averages[which][f"transformer.{name}"])
+    assert not torch.equal(averages[2][f"transformer.{name}"], averages[5][f"transformer.{name}"])
+
+
+def test_a_stage_starts_from_the_averages_that_another_left(tiny: Make, tmp_path: Path, silent) -> None:
+    first = Trainer(tiny(FEW, "run.max_steps=2", "ema.decay=0.9"), silent)
+    folder = first.train()
+    second = Trainer(tiny(FEW, f"model.initial={folder}", "text.tokenizer=null", f"run.dir={tmp_path / 'two'}"), silent)
+    now = dict(second.objective.transformer.named_parameters())
+    for name, value in now.items():
+        assert torch.equal(value, first.ema.shadow[f"transformer.{name}"]), name
+    name = "transformer_blocks.0.attn.to_q.weight"
+    assert not torch.equal(now[name], dict(first.objective.transformer.named_parameters())[name])
+    assert second.progress.step == 0 and second.ema.updates == 0 and not second.optimizer.state
+
+
 def test_gradients_are_averaged_over_micro_batches(tiny: Make, silent, monkeypatch) -> None:
     trainer = Trainer(tiny(FEW, "optimizer.clip=null", "optimizer.schedule=constant"), silent)
     data = trainer.source()

@@ -239,7 +239,8 @@ class AutoencoderTrainer:
     # --------------------------------------------------------------------------------------------------- training
 
     def _batches(self, start: int) -> Prefetcher[Pictures]:
-        return Prefetcher(self.source, start, self.config.data.workers, self.config.data.prefetch)
+        data = self.config.data
+        return Prefetcher(self.source, start, data.workers, data.prefetch, lambda text: self.console.print(text))
 
     def _forward(self, images: Tensor) -> dict[str, Tensor]:
         with autocast(self.device, self.config.run.precision):

@@ -257,6 +257,7 @@ class FeatureWorker:
         writer = ShardWriter()
         pictures: dict[str, Any] = {}
         prompts: dict[str, None] = {"": None}
+        taught: dict[str, Any] = {}
         captions: dict[str, None] = {}
         for sample in self._world(start, stop) if which < 0 else self._own(which, start, stop):
             drawn = (() if sample.target_image is None else (sample.target_image,)) + sample.sources
@@ -266,11 +267,13 @@ class FeatureWorker:
                 prompts.setdefault(sample.prompt)
             if self.teacher is not None and sample.pair_id is not None:
                 captions.setdefault(teacher_text(sample))
+                for key, picture in zip(sample.meta["pictures"][:1], drawn):
+                    taught.setdefault(key, picture)
         self._encode(writer, pictures)
         if self.text is not None:
             self._embed_prompts(writer, list(prompts))
         if self.teacher is not None:
-            self._teach(writer, pictures, list(captions))
+            self._teach(writer, taught, list(captions))
         writer.write(self.plan.folder, number)
         return sum(writer.counts.values())
 

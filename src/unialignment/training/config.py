@@ -59,7 +59,9 @@ class RunSection(Section):
     max_steps: int | None = Field(None, ge=1, description="Length of the run in optimizer steps.")
     checkpoint_minutes: float = Field(5.0, gt=0, description="Minutes between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
-    keep_best: int = Field(0, ge=0, description="Checkpoints of the best validations to keep besides.")
+    keep_best: int = Field(
+        0, ge=0, description="Checkpoints of the best validations to keep besides; the best's weights: model-best."
+    )
     fresh: bool = Field(False, description="Start over, removing the run folder's checkpoints, instead of resuming.")
     max_skipped_steps: int = Field(50, ge=0, description="Steps skipped by the guard before the run stops.")
     spike_factor: float | None = Field(

@@ -179,7 +179,7 @@ class Trainer(ValidatedRun):
         )
         stop = StopRequest()
         position = self.progress.step * self.layout.local
-        data = Prefetcher(self.source, position, config.data.workers, config.data.prefetch)
+        data = Prefetcher(self.source, position, config.data.workers, config.data.prefetch, self._warn)
         try:
             with stop.watching(), data:
                 self.progress.start()
@@ -301,6 +301,8 @@ class Trainer(ValidatedRun):
     def _mark_best(self) -> None:
         assert self._new_best is not None
         self.store.mark_best(self.progress.step, self._new_best)
+        if self.store.best()[0]["step"] == self.progress.step:
+            self.keep_model()
 
     def count_tokens(self, micros: Sequence[Micro]) -> int:
         """Tokens of this process's micro-batches."""

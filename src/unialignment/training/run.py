@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,13 @@ class Run:
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _warn(self, text: str) -> None:
+        """Say what concerns this process alone, whichever it is."""
+        if self.parallel.is_main:
+            self._say(text)
+        else:
+            print(f"process {self.parallel.rank}: {text}", file=sys.stderr, flush=True)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -5,12 +5,14 @@ Knows nothing of steps.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unialignment.alignment.pairs import Exchange
+from unialignment.storage import atomic_folder
 from unialignment.training import lora
 from unialignment.training.batching import collate
 from unialignment.training.logging import RunLog, grid
@@ -133,6 +135,18 @@ class ValidatedRun(Run):
         self.objective.transformer.train(training)
         self.objective.text_embedder.train(training)
         return folder
+
+    def keep_model(self) -> Path:
+        """Copy what :meth:`export` wrote last, the weights of the best validation so far, out of the next one's way.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        written = self.folder / ("lora" if self.config.lora.rank else "model")
+        kept = written.with_name(f"{written.name}-best")
+        with atomic_folder(kept) as partial:
+            shutil.copytree(written, partial, dirs_exist_ok=True)
+        return kept
 
     def _whole(self, module: Any) -> Any:
         """A copy of a sharded component with whole weights, in the first process; what isn't sharded as it is."""
