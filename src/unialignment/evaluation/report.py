@@ -1,14 +1,12 @@
-"""What a benchmark run found, to look at and to print: one self-contained HTML page, and a LaTeX table.
+"""What a judged benchmark's run found, to look at and to print: one HTML page, and a LaTeX table.
 
-Several runs of one benchmark stand side by side. The page holds its pictures and a short script of its own and asks
-nothing of any network; every text in it, judges' answers included, is escaped. Knows nothing of how results came about.
+Several runs of one benchmark stand side by side. Every text, judges' answers included, is escaped. Knows nothing of how
+results came about.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -16,25 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from unialignment.errors import InputError
+from unialignment.evaluation import page
 from unialignment.evaluation.benchmarks import Benchmark, Item, select
 from unialignment.evaluation.harness import aspects, item_scores, judge_folder
 from unialignment.evaluation.radar import radar
 from unialignment.evaluation.records import RecordLog
-from unialignment.images import load_image
-from unialignment.storage import atomic_file
 
-THUMBNAIL = 160
-"""Longest side of the page's pictures, in pixels."""
-GALLERY = 12
-"""Worst and best items that are shown, of each run, judge and group."""
 OUTSIDE = (
     "This model was trained on drawn scenes of emoji alone: photographs, and most of these texts, are outside its "
     "world. Its figures say that the benchmark runs, not how good the architecture is."
 )
-COLOURS = ("#3b5bdb", "#e8590c", "#2f9e44", "#ae3ec9", "#c92a2a", "#0c8599", "#f08c00", "#495057")
 
 
 @dataclass(frozen=True)
@@ -107,27 +97,17 @@ def write_html(path: Path, runs: Sequence[Run], benchmark: Benchmark, limit: int
     Raises:
         StorageError: It can't be written.
     """
-    name = html.escape(benchmark.name)
-    parts = [f"<h1>{name}</h1>"]
-    for run in runs:
-        lines = "".join(f"<li>{html.escape(note)}</li>" for note in notes(run))
-        model = html.escape(json.dumps(run.summary["run"]["model"], ensure_ascii=False))
-        parts.append(f"<p><b>{html.escape(run.label)}</b> <code>{model}</code></p><ul>{lines}</ul>")
-    parts += ["<h2>Scores</h2>", _table(runs)]
     main = measures(runs)[-1]
-    parts += [f"<h2>{html.escape(_title(main))} by group</h2>", _radar(runs, benchmark.groups)]
-    parts.append(_chart(runs, benchmark.groups))
+    parts = [
+        page.introduction(run.label, json.dumps(run.summary["run"]["model"], ensure_ascii=False), notes(run))
+        for run in runs
+    ]
+    parts += ["<h2>Scores</h2>", _table(runs)]
+    title = f"{_title(main)} by group"
+    parts += [f"<h2>{html.escape(title)}</h2>", _radar(runs, benchmark.groups)]
+    parts.append(page.bars(_series(runs, benchmark.groups), benchmark.groups, scale(runs), title))
     parts += [_agreement(runs), "<h2>Items</h2>", _gallery(runs, select(benchmark.items, limit), benchmark.groups)]
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{_STYLE}</style><main>{''.join(parts)}</main><script>{_SCRIPT}</script></html>\n"
-    )
-    with atomic_file(path) as file:
-        file.write(page.encode())
-    return path
+    return page.write(path, benchmark.name, parts)
 
 
 def latex(runs: Sequence[Run]) -> str:
@@ -169,8 +149,6 @@ def _rows(runs: Sequence[Run]) -> list[tuple[Run, str, dict[str, Any]]]:
 
 def _table(runs: Sequence[Run]) -> str:
     keys = measures(runs)
-    titles = [_title(key) for key in keys]
-    head = "".join(f"<th>{name}</th>" for name in ("model", "judge", "group", *titles, "judged", "failed"))
     body = []
     for run, judge, rows in _rows(runs):
         for group, row in rows.items():
@@ -180,59 +158,30 @@ def _table(runs: Sequence[Run]) -> str:
                 cells.append("–" if v is None else f"<b>{v[0]:.2f}</b> <small>[{v[1]:.2f}, {v[2]:.2f}]</small>")
             cells.append(f"{row['judged']} of {row['items']}" if "items" in row else "")
             cells.append(html.escape(", ".join(f"{n} {state}" for state, n in row.get("failed", {}).items())))
-            body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return (
-        f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody>'
-        f"</table></div><p>Means with bootstrap 95 % intervals; scores from 0 to {scale(runs):g}.</p>"
-    )
+            body.append(cells)
+    head = ("model", "judge", "group", *map(_title, keys), "judged", "failed")
+    return page.table(head, body, f"Means with bootstrap 95 % intervals; scores from 0 to {scale(runs):g}.")
 
 
 def _title(key: str) -> str:
     return key.upper() if len(key) < 3 else key
 
 
-def _radar(runs: Sequence[Run], groups: Sequence[str]) -> str:
+def _series(runs: Sequence[Run], groups: Sequence[str]) -> list[tuple[str, dict[str, list[float]]]]:
+    """Label, and mean with its interval by group, of each run and judge."""
     main = measures(runs)[-1]
-    series = []
-    for index, (run, judge, rows) in enumerate(_rows(runs)):
-        values = {group: rows[group][main][0] for group in groups if rows.get(group, {}).get(main)}
-        series.append((f"{run.label}, {judge}", COLOURS[index % len(COLOURS)], values))
-    return radar(series, groups, scale(runs), f"{_title(main)} by group")
-
-
-def _chart(runs: Sequence[Run], groups: Sequence[str]) -> str:
-    """Bars of O with interval whiskers, one colour for each run and judge."""
-    series, best, main = _rows(runs), scale(runs), measures(runs)[-1]
-    bar, gap, height, left = 18, 26, 220, 34
-    step = max(96, bar * len(series) + gap)  # a group's name has to fit under its bars
-    width = left + step * len(groups)
-    parts = [f'<svg viewBox="0 0 {width} {height + 50}" style="max-width:{max(width, 480)}px" role="img">']
-    parts.append(f"<title>{html.escape(_title(main))} by group with 95 % intervals</title>")
-    for tick in range(0, 11, 2):
-        y = 10 + height * (1 - tick / 10)
-        value = f"{tick * best / 10:g}"
-        parts.append(f'<path d="M{left} {y:.1f}H{width}" class="grid"/><text x="4" y="{y + 4:.1f}">{value}</text>')
-    for place, group in enumerate(groups):
-        start = left + place * step + gap / 2
-        for index, (run, judge, rows) in enumerate(series):
-            found = rows.get(group, {}).get(main)
-            if found is None:
-                continue
-            top, low, high = (10 + height * (1 - value / best) for value in found)
-            x = start + index * bar
-            label = html.escape(f"{run.label}, {judge}, {group}: {found[0]:.2f}")
-            colour = COLOURS[index % len(COLOURS)]
-            parts.append(
-                f'<rect x="{x:.1f}" y="{top:.1f}" width="{bar - 3}" height="{10 + height - top:.1f}" fill="{colour}">'
-                f"<title>{label}</title></rect>"
-                f'<path class="whisker" d="M{x + (bar - 3) / 2:.1f} {low:.1f}V{high:.1f}"/>'
-            )
-        parts.append(f'<text x="{start:.1f}" y="{height + 30}">{html.escape(group)}</text>')
-    keys = [
-        f'<span><i style="background:{COLOURS[n % len(COLOURS)]}"></i>{html.escape(f"{run.label}, {judge}")}</span>'
-        for n, (run, judge, _) in enumerate(series)
+    return [
+        (f"{run.label}, {judge}", {group: rows[group][main] for group in groups if rows.get(group, {}).get(main)})
+        for run, judge, rows in _rows(runs)
     ]
-    return "".join(parts) + f'</svg><p class="keys">{"".join(keys)}</p>'
+
+
+def _radar(runs: Sequence[Run], groups: Sequence[str]) -> str:
+    series = [
+        (label, page.COLOURS[index % len(page.COLOURS)], {group: found[0] for group, found in values.items()})
+        for index, (label, values) in enumerate(_series(runs, groups))
+    ]
+    return radar(series, groups, scale(runs), f"{_title(measures(runs)[-1])} by group")
 
 
 def _agreement(runs: Sequence[Run]) -> str:
@@ -257,11 +206,10 @@ def _gallery(runs: Sequence[Run], items: Sequence[Item], groups: Sequence[str]) 
     chosen: set[str] = set()
     for found in scores.values():
         for group in groups:
-            ranked = [item.id for item in items if item.group == group and found[item.id]["status"] == "ok"]
-            ranked.sort(key=lambda one: float(found[one][main]))
-            chosen |= {*ranked[: GALLERY // 2], *ranked[-(GALLERY // 2) :]}
+            good = {one: float(row[main]) for one, row in found.items() if row["status"] == "ok"}
+            chosen |= set(page.extremes([item.id for item in items if item.group == group], good))
             failed = [i.id for i in items if i.group == group and found[i.id]["status"] not in ("ok", "not judged")]
-            chosen |= set(failed[: GALLERY // 2])
+            chosen |= set(failed[: page.GALLERY // 2])
     drawn = {run.label: RecordLog(run.folder / "generated.jsonl", ("item",)) for run in runs}
     said = {
         (run.label, judge): RecordLog(
@@ -275,7 +223,7 @@ def _gallery(runs: Sequence[Run], items: Sequence[Item], groups: Sequence[str]) 
             continue
         figures = []
         if item.photo is not None:
-            figures.append(_figure(item.photo, "source" if item.kind == "edit" else "photograph", ""))
+            figures.append(page.figure(item.photo, "source" if item.kind == "edit" else "photograph"))
         values = []
         for run in runs:
             record = drawn[run.label].get(item.id) or {}
@@ -296,79 +244,8 @@ def _gallery(runs: Sequence[Run], items: Sequence[Item], groups: Sequence[str]) 
             if record.get("shortened"):
                 texts.append(f"<small>read: {html.escape(' / '.join(map(str, record['read'])))}</small>")
             picture = run.folder / record["picture"] if record.get("status") == "ok" else None
-            figures.append(_figure(picture, run.label, "".join(texts) or html.escape(str(record.get("error", "")))))
+            figures.append(page.figure(picture, run.label, "".join(texts) or html.escape(str(record.get("error", "")))))
         mean = sum(values) / len(values) if values else -1.0
-        cards.append(
-            f'<article data-group="{html.escape(item.group)}" data-score="{mean:.4f}" data-id="{html.escape(item.id)}">'
-            f"<h3>{html.escape(item.id)}</h3><p>{html.escape(item.prompt)}</p><div>{''.join(figures)}</div></article>"
-        )
-    choices = "".join(f'<option value="{html.escape(group)}">{html.escape(group)}</option>' for group in groups)
-    return (
-        f"<p>The {GALLERY // 2} worst and best of each group, run and judge, and some that failed.</p>"
-        '<p><select id="order"><option value="worst">worst first</option><option value="best">best first</option>'
-        '<option value="id">by name</option></select> '
-        f'<select id="group"><option value="">all groups</option>{choices}</select></p>'
-        f'<div id="gallery">{"".join(cards)}</div>'
-    )
-
-
-def _figure(path: Path | None, label: str, body: str) -> str:
-    label = html.escape(label)
-    picture = "<em>no picture</em>" if path is None else f'<img alt="{label}" src="{_data_uri(path)}">'
-    return f"<figure>{picture}<figcaption><b>{label}</b>{body}</figcaption></figure>"
-
-
-def _data_uri(path: Path) -> str:
-    try:
-        picture = load_image(path)
-    except InputError:
-        picture = Image.new("RGB", (8, 8), "gray")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-_STYLE = """
-:root { color-scheme: light dark; }
-body { margin: 0; font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-code, pre { font-size: .8rem; overflow-wrap: anywhere; white-space: pre-wrap; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; }
-th { cursor: pointer; text-align: left; }
-th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #8884; white-space: nowrap; }
-svg { width: 100%; display: block; }
-svg text { font-size: 11px; fill: currentColor; }
-.grid { stroke: #8885; } .whisker { stroke: currentColor; stroke-width: 1.5; }
-.keys span { margin-right: 1.2rem; } .keys i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
-article { border-top: 1px solid #8884; padding: .5rem 0 1rem; }
-article h3 { margin: .2rem 0; font-size: 1rem; } article > p { margin: 0 0 .6rem; max-width: 60rem; }
-article > div { display: flex; flex-wrap: wrap; gap: 14px; }
-figure { margin: 0; width: 180px; } figure img { max-width: 100%; display: block; }
-figcaption { font-size: .8rem; } figcaption b { display: block; }
-"""
-
-_SCRIPT = """
-const gallery = document.getElementById('gallery'), order = document.getElementById('order');
-const group = document.getElementById('group');
-function arrange() {
-  const cards = [...gallery.children];
-  const score = card => Number(card.dataset.score);
-  const orders = { worst: (a, b) => score(a) - score(b), best: (a, b) => score(b) - score(a),
-    id: (a, b) => a.dataset.id.localeCompare(b.dataset.id, undefined, { numeric: true }) };
-  cards.sort(orders[order.value]).forEach(card => {
-    card.hidden = group.value !== '' && card.dataset.group !== group.value;
-    gallery.append(card);
-  });
-}
-order.onchange = group.onchange = arrange;
-arrange();
-document.querySelectorAll('table.sortable th').forEach((head, column) => head.onclick = () => {
-  const body = head.closest('table').tBodies[0], up = head.dataset.up !== '1';
-  head.dataset.up = up ? '1' : '0';
-  const text = row => row.cells[column].innerText;
-  [...body.rows].sort((a, b) => text(a).localeCompare(text(b), undefined, { numeric: true }) * (up ? 1 : -1))
-    .forEach(row => body.append(row));
-});
-"""
+        cards.append(page.Card(item.id, item.group, item.prompt, mean, figures))
+    caption = f"The {page.GALLERY // 2} worst and best of each group, run and judge, and some that failed."
+    return page.gallery(cards, groups, caption)
