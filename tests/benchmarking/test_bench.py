@@ -75,6 +75,7 @@ def test_results_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--size", "7B"], "unknown size"),
         (["--tasks", "paint"], "unknown task"),
         (["--parts", "all"], "unknown part"),
+        (["--size", "nano", "--parts", "peer"], "proportions"),
         (["--pixels", "100"], "multiples of"),
         (["--repeats", "0"], "at least 1"),
     ],

@@ -215,6 +215,41 @@ def test_sure_words_are_written_at_once() -> None:
     assert counts[0.9] == [8, 4, 3, 2, 1]
 
 
+SURE, UNSURE = 5.0, -18.5
+"""Strengths of :func:`oracle`: probabilities of nearly one, and of one third."""
+
+
+def parallel(truth: Tensor, certainty: Tensor, end_id: int | None = END, steps: int = 8) -> list[int]:
+    """Open positions at each call, with a threshold; the text must be the truth."""
+    logits, calls = oracle(truth, certainty)
+    settings = TextDecoding(steps=steps, threshold=0.9)
+    seeds = list(range(len(truth)))
+    assert torch.equal(decode(logits, torch.full_like(truth, MASK), MaskedPath(MASK), settings, seeds, end_id), truth)
+    return calls
+
+
+def test_an_answer_of_one_unsure_word_takes_one_pass() -> None:
+    truth = torch.tensor([[7, END, END, END, END, END]])
+    certainty = torch.tensor([[UNSURE, SURE, SURE, SURE, SURE, SURE]])
+    assert parallel(truth, certainty) == [6]
+
+
+def test_what_follows_a_sure_end_needs_no_certainty() -> None:
+    truth = torch.tensor([[7, END, END, END, END, END]])
+    certainty = torch.tensor([[UNSURE, SURE, UNSURE, UNSURE, UNSURE, UNSURE]])
+    assert parallel(truth, certainty) == [6]
+    # Without an end token, as for gaps, nothing closes them.
+    assert len(parallel(truth, certainty, end_id=None)) > 1
+
+
+def test_two_unsure_words_do_not_go_together() -> None:
+    truth = torch.tensor([[7, 8, END, END], [5, 6, 9, END]])
+    certainty = torch.tensor([[UNSURE, UNSURE - 0.5, SURE, SURE], [SURE, SURE, SURE, SURE]])
+    assert parallel(truth, certainty) == [8, 2, 1]
+    # Nor when the quota of a step takes one of them anyway: what comes with it isn't sure.
+    assert parallel(truth[:1, :3], certainty[:1, :3], steps=2) == [3, 1]
+
+
 def test_ancestral_calls_the_model_only_when_something_is_unmasked() -> None:
     logits, calls = oracle(TRUTH[:1, :3])
     decode(logits, torch.full((1, 3), MASK), MaskedPath(MASK), TextDecoding("ancestral", 100), [4])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from unialignment.conditioning import Condition, Denoiser
+from unialignment.model.blocks import FeedForward
 from unialignment.model.cache import ConditionCache
 from unialignment.model.transformer import UniAlignmentTransformer
 
@@ -224,3 +225,14 @@ def test_prompt_lengths_in_one_bucket_share_their_compilations() -> None:
     assert counts[0] > 0
     assert counts[-1] == counts[0], f"compilations after each prompt: {counts}"
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu2"])
+def test_feed_forward_is_the_same_without_gradients(activation: str) -> None:
+    """Without gradients it works in place: on memory of its own, never on its input."""
+    torch.manual_seed(0)
+    layer, x = FeedForward(24, 48, activation), torch.randn(2, 5, 24)
+    kept, expected = x.clone(), layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(x, kept)

@@ -65,18 +65,25 @@ class Suite:
         )
         self.has_published = size != "nano"
 
-    def run(self, tasks: Sequence[str] = TASKS, parts: Sequence[str] = PARTS) -> Results:
-        """Measure the chosen parts.
+    def run(self, tasks: Sequence[str] = TASKS, parts: Sequence[str] | None = None) -> Results:
+        """Measure the chosen parts; by default all that the size has.
 
         Raises:
-            InputError: an unknown task or part.
+            InputError: an unknown task or part, or one that this size doesn't have.
         """
+        if parts is None:
+            parts = PARTS if self.has_published else tuple(part for part in PARTS if part != "peer")
         for what, given, known in (("task", tasks, TASKS), ("part", parts, PARTS)):
             if unknown := [name for name in given if name not in known]:
                 raise InputError(f"unknown {what} {', '.join(map(repr, unknown))}: use some of {', '.join(known)}")
+        if "peer" in parts and not self.has_published:
+            raise InputError(
+                f"part 'peer' needs a size in Stable Diffusion 3's proportions: diffusers has no model of {self.size}'s "
+                "shape (shared modulation, squared ReLU). Use --size 25M, 100M, 300M or 2B, or leave the part out"
+            )
         if "tasks" in parts:
             self.tasks(tasks)
-        if "peer" in parts and self.has_published:
+        if "peer" in parts:
             self.peer()
         if "batches" in parts:
             self.batches()

@@ -18,7 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", default="generate,edit,caption,answer", help="of part 'tasks', comma-separated (default: all)"
     )
-    parser.add_argument("--parts", default="tasks,peer,batches,scaling", help="comma-separated (default: all)")
+    parser.add_argument(
+        "--parts", help="of tasks, peer, batches, scaling, comma-separated (default: all that the size has)"
+    )
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="interleaved measurements (default: 7)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
@@ -46,15 +48,17 @@ def bench(args: argparse.Namespace) -> int:
         if not args.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    tasks, parts = (tuple(part.strip() for part in given.split(",")) for given in (args.tasks, args.parts))
+    tasks = tuple(part.strip() for part in args.tasks.split(","))
+    parts = None if args.parts is None else tuple(part.strip() for part in args.parts.split(","))
     suite = Suite(args.size, args.pixels, args.repeats, args.dtype, say)
     results = suite.run(tasks, parts)
     command = (
-        f"unialign bench --size {args.size} --pixels {args.pixels} --tasks {','.join(tasks)} --parts {','.join(parts)} "
-        f"--repeats {args.repeats} --dtype {args.dtype} --threads {args.threads}"
+        f"unialign bench --size {args.size} --pixels {args.pixels} --tasks {','.join(tasks)} "
+        f"{'' if parts is None else f'--parts {args.parts} '}--repeats {args.repeats} --dtype {args.dtype} "
+        f"--threads {args.threads}"
     )
     short = {"float32": "", "bfloat16": "-bf16"}[args.dtype]
-    chosen = "" if set(parts) == set(PARTS) else "-" + "-".join(parts)
+    chosen = "" if parts is None or set(parts) == set(PARTS) else "-" + "-".join(parts)
     paths = write(results, args.out, f"{args.size}-{args.pixels}px{short}{chosen}", command)
     lines = [f"{row['name']}: {Timing(**row['ratio'])}" for row in results.comparisons]
     data = {**results.to_json(), "paths": [str(path) for path in paths], "seconds": common.seconds(started)}

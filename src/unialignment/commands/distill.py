@@ -40,6 +40,6 @@ def distill(args: argparse.Namespace) -> int:
             print(text, file=sys.stderr, flush=True)
 
     source = world_source(config, pipe.tokenizer, pipe.text_limit)
-    folder = Distiller(pipe, source, settings, config.dir, say).run()
-    common.say(args, {"path": str(folder), "seconds": common.seconds(started)}, [str(folder)])
+    folders = [str(folder) for folder in Distiller(pipe, source, settings, config.dir, say).run()]
+    common.say(args, {"paths": folders, "seconds": common.seconds(started)}, folders)
     return 0

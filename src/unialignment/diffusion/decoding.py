@@ -33,8 +33,9 @@ class TextDecoding:
         temperature: 0: most likely token; above: sampled.
         top_p: Sample from the smallest set of tokens with this probability.
         threshold: With ``"confidence"``: also fill, in the same step, every position whose token has at least this
-            probability (confidence-aware parallel decoding, Fast-dLLM, arXiv 2505.22618); fewer steps, and another
-            result where the model is sure of two words that don't fit together. 1: none, ``steps`` alone decides.
+            probability (confidence-aware parallel decoding, Fast-dLLM, arXiv 2505.22618), and the one other position
+            that is left when all but one are. Fewer steps, and another result where the model is sure of two words
+            that don't fit together. 1: none, ``steps`` alone decides.
 
     Raises:
         InputError: a field is out of range.
@@ -122,7 +123,7 @@ def decoding_steps(
             rank = confidence.masked_fill(~masked, -1.0).argsort(dim=1, descending=True).argsort(dim=1)
             chosen = masked & (rank < quota.unsqueeze(1))
             if settings.threshold < 1:
-                chosen |= masked & (confidence >= settings.threshold)
+                chosen |= _parallel(tokens, confidence, ids, masked, writable, settings.threshold, end_id)
         ids = torch.where(chosen, tokens, ids)
         if end_id is not None:
             ended = ((ids == end_id) & writable).cumsum(1) > 0
@@ -130,6 +131,30 @@ def decoding_steps(
         if callback is not None:
             callback(step, ids)
     return ids
+
+
+def _parallel(
+    tokens: Tensor,
+    confidence: Tensor,
+    ids: Tensor,
+    masked: Tensor,
+    writable: Tensor,
+    threshold: float,
+    end_id: int | None,
+) -> Tensor:
+    """Which masked positions ``[B, L]`` can be filled together: the sure ones, and one that is left alone.
+
+    If n positions have their tokens with probability 1 − ε at least, the distribution of one further position given
+    those tokens is, in total variation, within n·ε of what it is now (union bound): another pass would tell it little.
+    An answer of one word takes one pass that way, however unsure its word is. Positions behind a sure end don't count:
+    they will be closed with it.
+    """
+    sure = masked & (confidence >= threshold)
+    open_ones = masked & ~sure
+    if end_id is not None:
+        ended = ((torch.where(sure, tokens, ids) == end_id) & writable).cumsum(1) > 0
+        open_ones &= ~ended
+    return sure | (open_ones & (open_ones.sum(1, keepdim=True) == 1))
 
 
 def _draw(logits: Tensor, masked: Tensor, settings: TextDecoding, draws: Tensor) -> tuple[Tensor, Tensor]:

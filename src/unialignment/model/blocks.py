@@ -102,7 +102,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., D]``."""
         hidden = self.net[0].proj(x)  # type: ignore[operator, union-attr]
-        hidden = F.gelu(hidden, approximate="tanh") if self.activation == "gelu" else F.relu(hidden).square()
+        if self.activation == "gelu":
+            hidden = F.gelu(hidden, approximate="tanh")
+        elif torch.is_grad_enabled():
+            hidden = F.relu(hidden).square()
+        else:
+            # In place: these are the largest tensors of a pass, and on a CPU new ones are new pages each time.
+            hidden = hidden.relu_().mul_(hidden)
         return self.net[2](hidden)
 
 

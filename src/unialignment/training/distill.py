@@ -1,9 +1,12 @@
-"""Few-step students: a trained model taught to draw in a few unguided steps what it drew in many guided ones.
+"""Few-step students: a trained model taught to draw in a few unguided steps what it draws in many guided ones.
 
-Two stages, both published. *Guidance distillation* (Meng et al., arXiv 2210.03142, section 3.1): one pass of the
-student learns the guided combination of the teacher's two. *Progressive distillation* (Salimans & Ho, arXiv
-2202.00512): one step of the student learns two of the teacher's, and the student becomes the next teacher, halving the
-steps each time. Texts are held where they were by the divergence from the original model's predictions.
+*Piecewise rectified flow* (PeRFlow, Yan et al., arXiv 2405.07510): the way from noise to picture is cut into K windows,
+and in each the student learns the straight line from where the teacher's guided solution enters it to where it leaves.
+Unlike there, windows are those of whole trajectories from noise, computed ahead and kept (as Luhman & Luhman,
+arXiv 2101.02388, do for one step): see :mod:`~unialignment.training.distill_trajectories` for why. The classifier-free
+guidance of the teacher is in the trajectories, so one pass of the student stands for two (Meng et al., arXiv
+2210.03142). Stages go from more windows to fewer, on the same trajectories: the first mostly learns guidance, later
+ones to go straight. Texts are held where they were by the divergence from the original model's predictions.
 
 Knows nothing of where batches come from, nor of evaluation.
 """
@@ -13,20 +16,19 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unialignment.diffusion import FlowPath, Guidance, MaskedPath, shift_sigma, sigma_schedule
+from unialignment.diffusion import MaskedPath
 from unialignment.errors import ConfigError, UniAlignmentError
-from unialignment.model.tokenizer import encode_conditions
-from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.pipeline import UniAlignmentPipeline
 from unialignment.storage import storage_error, write_text
 from unialignment.training.batching import Batch
@@ -37,12 +39,20 @@ from unialignment.training.checkpoint import (
     with_prefix,
     without_prefix,
 )
+from unialignment.training.config import OptimizerSection
+from unialignment.training.distill_trajectories import (
+    Source,
+    Teacher,
+    Trajectories,
+    TrajectoryStore,
+    compute,
+    velocity_of,
+)
 from unialignment.training.ema import ExponentialMovingAverage
+from unialignment.training.optimizer import build_optimizer
 from unialignment.training.runtime import autocast
 from unialignment.training.schedule import learning_rate_factor
 
-Source = Callable[[int], list[Batch]]
-"""The batches of update ``i``, a function of ``i`` alone."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +60,17 @@ class Stage:
     """One stage.
 
     Attributes:
-        steps: Steps of the student; ``None``: guidance distillation, at all noise levels.
+        steps: Steps of the student.
         updates: Optimizer steps.
     """
 
-    steps: int | None
+    steps: int
     updates: int
 
     @property
     def name(self) -> str:
         """For logs."""
-        return "guidance" if self.steps is None else f"{2 * self.steps} to {self.steps} steps"
+        return f"{self.steps} steps"
 
 
 @dataclass(frozen=True)
@@ -68,27 +78,37 @@ class DistillSettings:
     """How to distil.
 
     Attributes:
-        stages: In order; guidance first, then halving step counts.
+        stages: In order; each has fewer steps than the one before, whose number they divide.
+        trajectories: Files of trajectories to compute; the first is held out.
         guidance: Guidance scale by task; where absent the model's own default.
-        shift: Resolution shift of the noise levels, for training and for the student's sampler.
+        shift: Resolution shift of the noise levels; ``None``: the model's own.
+        draws: Windows of each trajectory in an update, which share its conditions.
+        budget_seconds: Wall clock for everything, over all sessions; ``None``: the counts alone decide.
+        draw_share: Share of the budget for trajectories.
+        optimizer: ``"adamw"`` or ``"muon"``.
         lr: Base learning rate of each stage (warm-up, then linear to ``final``).
         warmup: Updates of warm-up.
         final: Last learning rate, as a fraction.
         clip: Largest gradient norm.
-        ema: Decay of the average that becomes the next teacher and, last, the student.
+        ema: Decay of the average that becomes the student.
         keep: Weight of the texts' divergence.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
         checkpoint_every: Updates between checkpoints.
         log_every: Updates between log lines.
-        seed: Of noise and times.
+        seed: Of noise and order.
 
     Raises:
         ConfigError: the stages aren't in order, or a number is out of range.
     """
 
     stages: tuple[Stage, ...]
+    trajectories: int
     guidance: Mapping[str, float]
-    shift: float = 1.0
+    shift: float | None = None
+    draws: int = 4
+    budget_seconds: float | None = None
+    draw_share: float = 0.4
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-4
     warmup: int = 20
     final: float = 0.1
@@ -96,20 +116,20 @@ class DistillSettings:
     ema: float = 0.99
     keep: float = 1.0
     precision: str = "fp32"
-    checkpoint_every: int = 200
+    checkpoint_every: int = 50
     log_every: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = [stage.steps for stage in self.stages if stage.steps is not None]
-        if not self.stages or any(stage.updates < 1 for stage in self.stages):
-            raise ConfigError("stages: give at least one, each with at least one update")
-        if any(stage.steps is None for stage in self.stages[1:]):
-            raise ConfigError("stages: guidance distillation comes first, its student is what is then halved")
-        if any(after * 2 != before for before, after in pairwise(counts)):
-            raise ConfigError(f"stages: each must have half the steps of the one before, got {counts}")
-        if self.stages[0].steps is not None:
-            raise ConfigError("stages: the first must distil guidance, so that a step of the student is one pass")
+        counts = [stage.steps for stage in self.stages]
+        if not self.stages or any(stage.updates < 1 or stage.steps < 1 for stage in self.stages):
+            raise ConfigError("stages: give at least one, each with at least one step and one update")
+        if any(after >= before or before % after for before, after in pairwise(counts)):
+            raise ConfigError(f"stages: each must have fewer steps, dividing those of the one before, got {counts}")
+        if self.trajectories < 2:
+            raise ConfigError("trajectories: at least 2 files are needed, one of them held out")
+        if not 0 < self.draw_share < 1 or (self.budget_seconds is not None and self.budget_seconds <= 0):
+            raise ConfigError("budget_seconds must be positive, and draw_share between 0 and 1")
 
 
 class Distiller:
@@ -119,7 +139,7 @@ class Distiller:
         pipe: The teacher, with its tokenizer, text embedder and autoencoder, which the student keeps.
         source: Batches.
         settings: How.
-        folder: Run folder: checkpoints, ``metrics.jsonl``, and at the end the student in ``model``.
+        folder: Run folder: trajectories, checkpoints, ``metrics.jsonl``, and a student ``model-<steps>`` of each stage.
         say: Receives one line now and then.
     """
 
@@ -133,113 +153,137 @@ class Distiller:
     ) -> None:
         self.pipe, self.source, self.settings, self.folder, self.say = pipe, source, settings, folder, say
         self.original = pipe.transformer.eval().requires_grad_(False)
-        self.teacher = self.original
         self.student = copy.deepcopy(self.original).requires_grad_(True)
         self.masked = MaskedPath(pipe.tokenizer.mask_token_id)
-        self.flow = FlowPath(shift=settings.shift)
+        self.teacher = Teacher(pipe, settings.stages[0].steps, settings.guidance, settings.shift)
         self.store = CheckpointStore(folder / "checkpoints", keep=1)
+        self.files = 0
         self.stage = self.update = 0
+        self.spent = 0.0
         self._begin()
 
     # -------------------------------------------------------------------------------------------------- the whole run
 
-    def run(self) -> Path:
-        """Distil through all stages, from the last checkpoint if there is one; returns the student's folder.
+    def run(self) -> list[Path]:
+        """Distil through all stages, from where an earlier session stopped; returns the students' folders.
 
         Raises:
-            ConfigError: the folder holds a run of other stages.
+            ConfigError: the folder holds a run of another teacher or other stages.
             StorageError: something could not be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(self.folder, error) from error
+        settings = self.settings
+        self.trajectories = TrajectoryStore(
+            self.folder / "trajectories", {**self.teacher.describe(), "seed": settings.seed}
+        )
+        budget = settings.budget_seconds
+        with autocast(self.pipe.device, settings.precision):
+            self.files = compute(
+                self.teacher,
+                self.trajectories,
+                self.source,
+                settings.trajectories,
+                settings.seed,
+                None if budget is None else budget * settings.draw_share,
+                self.say,
+            )
         self.resume()
-        stages = self.settings.stages
-        while self.stage < len(stages):
-            stage = stages[self.stage]
-            self.say(f"{stage.name}: {stage.updates} updates")
-            window: list[dict[str, float]] = []
-            while self.update < stage.updates:
-                window.append(self.train_update(stage))
-                self.update += 1
-                if self.update % self.settings.log_every == 0 or self.update == stage.updates:
-                    self._log(stage, window)
-                    window = []
-                if self.update % self.settings.checkpoint_every == 0 and self.update < stage.updates:
-                    self.save()
-            self._finish_stage()
-            self.save()
-        return self.export()
+        while self.stage < len(settings.stages):
+            self._run_stage(settings.stages[self.stage])
+        return [self.place(stage) for stage in settings.stages]
+
+    def place(self, stage: Stage) -> Path:
+        """Where a stage's student is written."""
+        return self.folder / f"model-{stage.steps}"
+
+    def _run_stage(self, stage: Stage) -> None:
+        self.say(f"{stage.name}: up to {stage.updates} updates, held-out error {self.held_out(stage):.5f} before")
+        window: list[dict[str, float]] = []
+        while (progress := self._progress(stage)) < 1.0:
+            began = time.perf_counter()
+            window.append(self.train_update(stage, progress))
+            self.update, self.spent = self.update + 1, self.spent + time.perf_counter() - began
+            last = self._progress(stage) >= 1.0
+            if self.update % self.settings.log_every == 0 or last:
+                self._log(stage, window)
+                window = []
+            if self.update % self.settings.checkpoint_every == 0 and not last:
+                self.save()
+        self.ema.copy_to_model()
+        error = self.held_out(stage)
+        self._write_log({"stage": stage.name, "update": self.update, "held_out": error})
+        self.say(f"{stage.name}: {self.update} updates, held-out error {error:.5f}")
+        self.export(stage)
+        self.stage, self.update, self.spent = self.stage + 1, 0, 0.0
+        self._begin()
+        self.save()
+
+    def _progress(self, stage: Stage) -> float:
+        """How much of a stage is done: of its updates or of its time, whichever is more."""
+        budget, done = self.settings.budget_seconds, self.update / stage.updates
+        if budget is None:
+            return done
+        share = stage.updates / sum(each.updates for each in self.settings.stages)
+        return max(done, self.spent / (budget * (1 - self.settings.draw_share) * share))
 
     def _begin(self) -> None:
         """Optimizer and average of a stage that starts from the present student."""
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.student.parameters() if p.requires_grad],
-            lr=self.settings.lr,
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-        )
+        section = OptimizerSection(name=self.settings.optimizer, lr=self.settings.lr, weight_decay=0.0)
+        self.optimizer = build_optimizer(self.student, section)
         self.ema = ExponentialMovingAverage(self.student, self.settings.ema)
 
-    def _finish_stage(self) -> None:
-        self.ema.copy_to_model()
-        self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
-        self.stage, self.update = self.stage + 1, 0
-        self._begin()
-
-    def export(self) -> Path:
+    def export(self, stage: Stage) -> Path:
         """Writes the student as a model folder, whose sampler defaults are the few unguided steps."""
-        steps = self.settings.stages[-1].steps
-        tasks = [task for task in self.pipe.tasks.names if self.pipe.tasks.get(task).target == "image"]
         sampling = {task: dict(values) for task, values in self.pipe.sampling.items()}
-        for task in tasks:
-            few = {"guidance_scale": 1.0, "image_guidance_scale": 1.0, "solver": "euler", "shift": self.settings.shift}
-            sampling[task] = {
-                **sampling.get(task, {}),
-                **few,
-                **({} if steps is None else {"num_inference_steps": steps}),
-            }
+        for task in self.teacher.scales:
+            few = {"guidance_scale": 1.0, "image_guidance_scale": 1.0, "solver": "euler", "shift": self.teacher.shift}
+            sampling[task] = {**sampling.get(task, {}), **few, "num_inference_steps": stage.steps}
         student = UniAlignmentPipeline(
-            self.student.eval(),
+            copy.deepcopy(self.student).eval(),
             self.pipe.text_embedder,
             self.pipe.autoencoder,
             self.pipe.tokenizer,
-            name=f"{self.pipe.name}-{'guided' if steps is None else f'{steps}-step'}",
+            name=f"{self.pipe.name}-{stage.steps}-step",
             sampling=sampling,
             tasks=self.pipe.tasks,
         )
-        student.save_pretrained(self.folder / "model")
-        return self.folder / "model"
+        student.save_pretrained(self.place(stage))
+        return self.place(stage)
 
     # ------------------------------------------------------------------------------------------------------ one update
 
-    def train_update(self, stage: Stage) -> dict[str, float]:
-        """One optimizer step; returns the losses.
+    def train_update(self, stage: Stage, progress: float) -> dict[str, float]:
+        """One optimizer step at ``progress`` (0-1) of a stage; returns the losses.
 
         Raises:
             UniAlignmentError: the loss isn't finite.
         """
         number = sum(earlier.updates for earlier in self.settings.stages[: self.stage]) + self.update
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number)
-        factor = learning_rate_factor(
-            self.update, self.update / stage.updates, self.settings.warmup, "linear", self.settings.final
-        )
+        factor = learning_rate_factor(self.update, progress, self.settings.warmup, "linear", self.settings.final)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * factor
         self.student.train()
         logs: dict[str, float] = {}
-        batches = self.source(number)
-        total = sum(len(batch) for batch in batches)
-        for batch in batches:
+        pictures = self.trajectories.read(self._file(number))
+        texts = self.source(number, "text") if self.settings.keep else []
+        total = {"image": sum(map(len, pictures)), "text": sum(map(len, texts))}
+
+        def learn(kind: str, loss: Tensor, count: int, weight: float) -> None:
+            (weight * loss * (count / total[kind])).backward()
+            logs[kind] = logs.get(kind, 0.0) + count / total[kind] * float(loss.detach())
+
+        for part in pictures:
             with autocast(self.pipe.device, self.settings.precision):
-                if batch.target == "image":
-                    loss = self.image_loss(batch, stage, generator)
-                else:
-                    loss = self.settings.keep * self.text_loss(batch, generator)
-            share = len(batch) / total
-            (loss * share).backward()
-            logs[batch.target] = logs.get(batch.target, 0.0) + share * float(loss.detach())
+                loss = self.window_loss(part, stage, self.settings.draws, generator)
+            learn("image", loss, len(part), 1.0)
+        for batch in texts:
+            with autocast(self.pipe.device, self.settings.precision):
+                loss = self.text_loss(batch, generator)
+            learn("text", loss, len(batch), self.settings.keep)
         if not all(math.isfinite(value) for value in logs.values()):
             raise UniAlignmentError(
                 f"the loss of update {number} ({stage.name}) isn't finite: {logs}. Use a lower lr or precision=fp32; "
@@ -252,41 +296,58 @@ class Distiller:
         self.ema.update()
         return logs
 
-    def image_loss(self, batch: Batch, stage: Stage, generator: torch.Generator) -> Tensor:
-        """Mean squared error between the student's velocity and the stage's target, over the batch."""
-        with torch.no_grad():
-            assert batch.target_images is not None
-            encode, count = self.pipe.autoencoder.encode, len(batch)
-            target = encode(batch.target_images).float()
-            prompt, mask, pictures = self._conditions(batch)
-            noise = torch.randn(target.shape, generator=generator).to(target)
-            wanted_at = self._teacher(batch, prompt, mask, pictures, guided=stage.steps is None)
-            if stage.steps is None:
-                # One draw from each of equally likely intervals: a batch covers all levels.
-                uniform = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-                sigma = shift_sigma(uniform, self.settings.shift).to(target)
-                x = torch.lerp(target, noise, sigma.view(-1, 1, 1, 1))
-                wanted = wanted_at(x, sigma)
-            else:
-                grid = torch.tensor(sigma_schedule(2 * stage.steps, self.settings.shift)).to(target)
-                step = 2 * torch.randint(stage.steps, (count,), generator=generator).to(target.device)
-                sigma, middle, there = (grid[step + k].view(-1, 1, 1, 1) for k in range(3))
-                x = torch.lerp(target, noise, sigma)
-                first = wanted_at(x, sigma.flatten())
-                second = wanted_at(x + (middle - sigma) * first, middle.flatten())
-                # The slope of the straight line to where two of the teacher's steps arrive.
-                wanted = ((middle - sigma) * first + (there - middle) * second) / (there - sigma)
-                sigma = sigma.flatten()
-        found = _velocity(self.student, prompt, mask, pictures)(x, sigma)
-        return F.mse_loss(found, wanted)
+    def _file(self, number: int) -> int:
+        """The file of update ``number``: all but the first, in another order each epoch."""
+        epoch, place = divmod(number, self.files - 1)
+        order = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        return 1 + int(torch.randperm(self.files - 1, generator=order)[place])
+
+    def window_loss(
+        self, part: Trajectories, stage: Stage, draws: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Mean squared error of the student's velocity against each window's slope, ``(x_there − x_here) / Δσ``.
+
+        Windows weigh as (K·Δσ)², so that what counts is the error of where a step arrives; 1 where levels are even.
+
+        Args:
+            part: Trajectories.
+            stage: Whose windows; each is as many of the stored ones as the first stage has more.
+            draws: Windows of each trajectory, at most all.
+            generator: Chooses them; ``None``: all of them.
+        """
+        device, count = self.pipe.device, len(part)
+        inner = (len(part.grid) - 1) // stage.steps
+        draws = stage.steps if generator is None else min(draws, stage.steps)
+        order = torch.rand(count, stage.steps, generator=generator) if generator else torch.zeros(count, stage.steps)
+        # `rows` is whose conditions each has: sample by sample, its windows side by side.
+        windows = order.argsort(dim=1, stable=True)[:, :draws].flatten()
+        rows = torch.arange(count).repeat_interleave(draws)
+        here, there = inner * windows, inner * (windows + 1)
+        sigma, arrived = part.grid[here].to(device), part.grid[there].to(device)
+        x, target = part.points[here, rows].to(device), part.points[there, rows].to(device)
+        change = (arrived - sigma).view(-1, 1, 1, 1)
+        prompt, mask = self._prompt(part.prompt_ids, part.prompt_mask)
+        pictures = tuple(source.to(device, self.pipe.dtype) for source in part.sources)
+        velocity = velocity_of(self.student, prompt, mask, pictures, self.pipe.dtype)
+        error = velocity(x, sigma, rows.to(device)) - (target - x) / change
+        return (error * change * stage.steps).square().mean()
+
+    @torch.no_grad()
+    def held_out(self, stage: Stage) -> float:
+        """The windows' error on the held-out trajectories, with the student's present weights."""
+        parts = self.trajectories.read(0)
+        with autocast(self.pipe.device, self.settings.precision):
+            losses = [float(self.window_loss(part, stage, stage.steps)) * len(part) for part in parts]
+        return sum(losses) / sum(map(len, parts))
 
     def text_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Kullback-Leibler divergence of the student's word predictions from the original model's, at masked places."""
         assert batch.target_ids is not None
         with torch.no_grad():
-            prompt, mask, sources = self._conditions(batch)
-            time = self.masked.sample_time(len(batch), generator)
-            path = self.masked.sample_path(batch.target_ids, time, generator, batch.maskable)
+            prompt, mask = self._prompt(batch.prompt_ids, batch.prompt_mask)
+            sources = tuple(self.pipe.autoencoder.encode(source).to(self.pipe.dtype) for source in batch.sources)
+            time_ = self.masked.sample_time(len(batch), generator)
+            path = self.masked.sample_path(batch.target_ids, time_, generator, batch.maskable)
             noised = self.pipe.text_embedder.embed(path.noised, None).to(self.pipe.dtype)
         given: dict[str, Any] = {
             "text_embeds": noised,
@@ -306,45 +367,31 @@ class Distiller:
         return F.kl_div(found, wanted, log_target=True, reduction="sum") / max(1, len(found))
 
     @torch.no_grad()
-    def _conditions(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Embedded prompts, their mask, and latents of the condition pictures."""
-        prompt = self.pipe.text_embedder.embed(batch.prompt_ids, batch.prompt_mask).to(self.pipe.dtype)
-        encode = self.pipe.autoencoder.encode
-        return prompt, batch.prompt_mask, tuple(encode(source).to(self.pipe.dtype) for source in batch.sources)
-
-    def _teacher(
-        self, batch: Batch, prompt: Tensor, mask: Tensor, pictures: tuple[Tensor, ...], guided: bool
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """The velocity that is to be learned from; each sample guided by its own task's scale."""
-        full = _velocity(self.teacher, prompt, mask, pictures)
-        scales = torch.tensor([self._scale(task) if guided else 1.0 for task in batch.tasks], device=prompt.device)
-        if not bool((scales != 1.0).any()):
-            return full
-        ids, empty = encode_conditions(self.pipe.tokenizer, [""] * len(batch))
-        ids, empty = ids.to(prompt.device), empty.to(prompt.device)
-        embedded = self.pipe.text_embedder.embed(ids, empty).to(prompt.dtype)
-        without = _velocity(self.teacher, embedded, empty, pictures)
-        weight = scales.view(-1, 1, 1, 1)
-        return lambda x, sigma: torch.lerp(without(x, sigma), full(x, sigma), weight)
-
-    def _scale(self, task: str) -> float:
-        own = {**self.pipe.tasks.get(task).sampling, **self.pipe.sampling.get(task, {})}.get("guidance_scale", 1.0)
-        scale = float(self.settings.guidance.get(task, own))
-        Guidance(scale)  # refuses what isn't a scale
-        return scale
+    def _prompt(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded condition texts and their mask."""
+        ids, mask = ids.to(self.pipe.device), mask.to(self.pipe.device)
+        return self.pipe.text_embedder.embed(ids, mask).to(self.pipe.dtype), mask
 
     # ------------------------------------------------------------------------------------------- logs and checkpoints
 
     def _log(self, stage: Stage, window: list[dict[str, float]]) -> None:
         means = {key: sum(row.get(key, 0.0) for row in window) / len(window) for key in window[0]}
-        entry = {"stage": stage.name, "update": self.update, **means}
+        self._write_log({"stage": stage.name, "update": self.update, "seconds": round(self.spent, 1), **means})
+        self.say(
+            f"{stage.name} {self.update}/{stage.updates}, {self.spent:.0f} s: "
+            + ", ".join(f"{key} {value:.5f}" for key, value in means.items())
+        )
+
+    def _write_log(self, entry: Mapping[str, Any]) -> None:
         path = self.folder / "metrics.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise storage_error(path, error) from error
-        self.say(f"{stage.name} {self.update}/{stage.updates}: " + ", ".join(f"{k} {v:.5f}" for k, v in means.items()))
+
+    def _stages(self) -> list[list[int]]:
+        return [[stage.steps, stage.updates] for stage in self.settings.stages]
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -358,16 +405,16 @@ class Distiller:
             self.stage * 1_000_000 + self.update,
             {
                 **with_prefix("student.", self.student.state_dict()),
-                **with_prefix("teacher.", self.teacher.state_dict()),
                 **with_prefix("ema.", {k: v for k, v in average.items() if isinstance(v, Tensor)}),
                 **with_prefix("optimizer.", tensors),
             },
             {
                 "stage": self.stage,
                 "update": self.update,
+                "spent": self.spent,
                 "optimizer": plain,
                 "ema_updates": average["updates"],
-                "stages": [[stage.steps, stage.updates] for stage in self.settings.stages],
+                "stages": self._stages(),
             },
         )
         write_text(self.folder / "stages.json", json.dumps([stage.name for stage in self.settings.stages]) + "\n")
@@ -382,33 +429,12 @@ class Distiller:
         if latest is None:
             return False
         tensors, state = self.store.load(latest)
-        if state["stages"] != [[stage.steps, stage.updates] for stage in self.settings.stages]:
+        if state["stages"] != self._stages():
             raise ConfigError(f"{self.folder} holds a run with other stages; use another folder, or remove that one")
         self.student.load_state_dict(without_prefix("student.", tensors))
-        self.teacher = copy.deepcopy(self.original)
-        self.teacher.load_state_dict(without_prefix("teacher.", tensors))
-        self.stage, self.update = int(state["stage"]), int(state["update"])
+        self.stage, self.update, self.spent = int(state["stage"]), int(state["update"]), float(state["spent"])
         self._begin()
         self.ema.load_state_dict({**without_prefix("ema.", tensors), "updates": state["ema_updates"]})
         restore_optimizer(self.optimizer, without_prefix("optimizer.", tensors), state["optimizer"])
         self.say(f"resumed in stage {self.stage + 1}, update {self.update}")
         return True
-
-
-def _velocity(
-    model: UniAlignmentTransformer, prompt: Tensor, mask: Tensor, pictures: tuple[Tensor, ...]
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """``(x [B, C, H, W], σ [B]) -> velocity`` of a model, its conditions encoded once where they can be."""
-    if model.config.attention_mode == "prefix":
-        cache = model.prefill(text_embeds=prompt, text_mask=mask, images=pictures)
-        return lambda x, sigma: model.denoise(
-            cache, latents=x.to(prompt.dtype), timestep=1000.0 * sigma
-        ).velocity.float()  # type: ignore[union-attr]
-    return lambda x, sigma: model(
-        text_embeds=prompt,
-        text_mask=mask,
-        latents=x.to(prompt.dtype),
-        sources=pictures,
-        timestep=1000.0 * sigma,
-        target="image",
-    ).velocity.float()

@@ -12,7 +12,8 @@ from unialignment.errors import InputError
 from unialignment.tasks import TASKS
 from unialignment.training.batching import Batch, collate
 from unialignment.training.config import Section, WorldSection, merge, parse_overrides, read_yaml, validate
-from unialignment.training.distill import DistillSettings, Source, Stage
+from unialignment.training.distill import DistillSettings, Stage
+from unialignment.training.distill_trajectories import Source
 
 _ELSEWHERE = 1 << 40
 
@@ -22,7 +23,7 @@ class DistillConfig(Section):
 
     kind: Literal["distill"] = "distill"
     model: str = Field("nano", description="Teacher: packaged name, folder or hub id.")
-    dir: Path = Field(Path("runs/distill"), description="Run folder; the student is written to its model/.")
+    dir: Path = Field(Path("runs/distill"), description="Run folder; students are in its model-<steps>/.")
     seed: int = Field(0, ge=0, description="Seed of data and noise.")
     device: str = Field("auto", description="auto, cpu, cuda, mps.")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch. Default: all.")
@@ -34,23 +35,33 @@ class DistillConfig(Section):
         description="Samples of each task in an update; texts are held where they are.",
     )  # fmt: skip
     guidance: dict[str, float] = Field(default_factory=dict, description="Scale by task. Default: the model's own.")
-    shift: float = Field(1.0, gt=0, description="Resolution shift of the noise levels.")
-    guidance_updates: int = Field(3000, ge=1, description="Updates of guidance distillation.")
-    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (16, 8, 4), description="Student's steps of each halving; each half of the last."
+    shift: float | None = Field(None, gt=0, description="Resolution shift of the noise levels. Default: the model's own.")
+    budget_seconds: float | None = Field(
+        None, gt=0, description="Wall clock for everything, over all sessions. Default: the counts below alone decide."
     )
-    halving_updates: int = Field(2000, ge=1, description="Updates of each halving.")
+    draw_share: float = Field(0.4, gt=0, lt=1, description="Share of the budget for the teacher's trajectories.")
+    trajectories: int = Field(200, ge=2, description="Files of trajectories, each of one mixture; the first is held out.")
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (10, 5), description="Student's steps in each stage, dividing those of the stage before."
+    )
+    updates: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (600, 600), description="Updates of each stage, at most; the budget is shared out likewise."
+    )
+    draws: int = Field(4, ge=1, description="Windows of a trajectory in an update, which share its conditions.")
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(3e-4, gt=0)
-    warmup: int = Field(50, ge=1)
-    ema: float = Field(0.995, ge=0, lt=1)
-    keep: float = Field(1.0, ge=0, description="Weight of the texts' divergence from the teacher.")
-    checkpoint_every: int = Field(250, ge=1)
+    warmup: int = Field(20, ge=1)
+    ema: float = Field(0.99, ge=0, lt=1)
+    keep: float = Field(1.0, ge=0, description="Weight of the texts' divergence from the teacher; 0: none.")
+    checkpoint_every: int = Field(50, ge=1)
     log_every: int = Field(20, ge=1)
 
     @model_validator(mode="after")
     def _tasks_exist(self) -> DistillConfig:
         if not any(count and TASKS.get(name).target == "image" for name, count in self._counts()):
             raise ValueError("mixture: at least one task that draws needs samples")
+        if len(self.updates) != len(self.steps):
+            raise ValueError(f"updates: {len(self.updates)} numbers for {len(self.steps)} stages (steps)")
         return self
 
     def _counts(self) -> list[tuple[str, int]]:
@@ -63,12 +74,17 @@ class DistillConfig(Section):
         """As the distiller takes them.
 
         Raises:
-            ConfigError: the step counts aren't halves of one another.
+            ConfigError: the step counts don't divide one another.
         """
-        stages = (Stage(None, self.guidance_updates), *(Stage(count, self.halving_updates) for count in self.steps))
+        stages = tuple(Stage(*pair) for pair in zip(self.steps, self.updates, strict=True))
         names = (
+            "trajectories",
             "guidance",
             "shift",
+            "draws",
+            "budget_seconds",
+            "draw_share",
+            "optimizer",
             "lr",
             "warmup",
             "ema",
@@ -92,7 +108,7 @@ def load_distill(path: str | Path, overrides: Sequence[str] = ()) -> DistillConf
 
 
 def world_source(config: DistillConfig, tokenizer: Any, limit: int) -> Source:
-    """The scene world's batches: update ``i`` is a function of ``i``. Texts that don't fit are replaced."""
+    """The scene world's batches. Texts that don't fit are replaced."""
     from unialignment.training.samples import fits
     from unialignment.world.presets import preset
     from unialignment.world.sprites import SpritePack
@@ -110,10 +126,9 @@ def world_source(config: DistillConfig, tokenizer: Any, limit: int) -> Source:
                 return sample
         raise InputError(f"no sample of {task} fits the teacher's texts of {limit} tokens; take it out of the mixture")
 
-    def batches(update: int) -> list[Batch]:
-        samples = [
-            one(task, update * count + number) for task, count in config.mixture.items() for number in range(count)
-        ]
+    def batches(call: int, target: str) -> list[Batch]:
+        wanted = {task: count for task, count in config.mixture.items() if TASKS.get(task).target == target}
+        samples = [one(task, call * count + number) for task, count in wanted.items() for number in range(count)]
         return collate(samples, tokenizer)
 
     return batches
