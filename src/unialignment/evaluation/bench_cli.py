@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.benchmark} needs its files: unialign eval {args.benchmark} PATH --out DIR")
     if args.out is None:
         raise InputError(f"{args.benchmark} needs a folder for its records: --out DIR")
-    if args.benchmark in registry.READING:
-        return _read(args)
     folders = [folder.resolve() for folder in (args.out, *args.compare)]
     if len(set(folders)) < len(folders):
         raise InputError("--compare needs runs other than --out, each named once")
+    if args.benchmark in registry.READING:
+        return _read(args)
     steps = tuple(args.step or STEPS)
     if "judge" in steps and not args.judge:
         raise InputError("no judge: give --judge openai:MODEL@URL or local:FOLDER, or only --step generate")
@@ -106,17 +107,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _read(args: argparse.Namespace) -> int:
     """Benchmarks that ask for texts or maps: answer, then work out the figures; no judge takes part."""
-    from unialignment.evaluation import models, reading
+    from unialignment.evaluation import models, reading, reading_report
     from unialignment.evaluation.benchmarks.registry import READING
     from unialignment.evaluation.records import run_lock
     from unialignment.storage import atomic_file
 
     if args.judge or "judge" in (args.step or ()):
         raise InputError(f"{args.benchmark} compares answers with known ones; it takes no judge")
-    if args.compare:
-        raise InputError(
-            f"--compare is for benchmarks with pictures; compare the results.json of {args.benchmark} runs"
-        )
     benchmark = READING[args.benchmark](Path(args.data))
     steps = tuple(args.step or STEPS)
 
@@ -135,13 +132,15 @@ def _read(args: argparse.Namespace) -> int:
             summary = reading.summarise(args.out, benchmark, args.limit)
             with atomic_file(args.out / "table.tex") as file:
                 file.write(reading.latex(summary).encode())
-            print(json.dumps(summary, indent=2) if args.json else reading.table(summary))
+            with _held(args.compare):
+                page = reading_report.write_html(args.out, args.compare, benchmark, args.limit)
+            print(json.dumps(summary, indent=2) if args.json else f"{reading.table(summary)}\n\n{page}")
     return 0
 
 
 def _report(args: argparse.Namespace, benchmark: Any) -> int:
     from unialignment.evaluation import calibration, harness, report
-    from unialignment.evaluation.records import read_identity, run_lock
+    from unialignment.evaluation.records import read_identity
     from unialignment.storage import atomic_file
 
     found = sorted((args.out / "judges").glob("*/judge.json"))
@@ -154,16 +153,25 @@ def _report(args: argparse.Namespace, benchmark: Any) -> int:
         raise InputError(f"the judges in {args.out} followed different protocols; use one folder for each")
     summary["calibration"] = {path.parent.name: calibration.verdict(path.parent) for path in found}
     path = harness.save_summary(args.out, summary)
-    with contextlib.ExitStack() as stack:
-        for folder in args.compare:
-            if folder.is_dir():  # reading records repairs them, which must not happen under a run of its own
-                stack.enter_context(run_lock(folder))
+    with _held(args.compare):
         runs = report.read_runs([args.out, *args.compare])
         page = report.write_html(args.out / "report.html", runs, benchmark, args.limit)
     with atomic_file(args.out / "table.tex") as file:
         file.write(report.latex(runs).encode())
     print(json.dumps(summary, indent=2) if args.json else f"{table(summary)}\n\n{path}\n{page}")
     return 0
+
+
+@contextlib.contextmanager
+def _held(folders: Sequence[Path]) -> Iterator[None]:
+    """Hold other runs: reading records repairs them, which must not happen under a run of its own."""
+    from unialignment.evaluation.records import run_lock
+
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            if folder.is_dir():
+                stack.enter_context(run_lock(folder))
+        yield
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -146,8 +146,25 @@ def answer(
     progress("answer", len(items), len(items))
 
 
-def summarise(folder: Path, benchmark: ReadingBenchmark, limit: int | None = None) -> dict[str, Any]:
-    """Figures with bootstrap 95 % intervals, over all items and by group; what failed is counted and left out.
+@dataclass(frozen=True)
+class Scored:
+    """The answers of a run, and what they are worth.
+
+    Attributes:
+        items: Items that were answered.
+        rows: A row of numbers for each of them.
+        given: Their answers (for maps: pictures) by id.
+        records: The records of all items, ``None`` for those that were not asked.
+    """
+
+    items: list[Question]
+    rows: Rows
+    given: dict[str, Any]
+    records: list[dict[str, Any] | None]
+
+
+def scored(folder: Path, benchmark: ReadingBenchmark, limit: int | None = None) -> Scored:
+    """Read the answers of a run and score them.
 
     Raises:
         InputError: Nothing was answered.
@@ -159,21 +176,40 @@ def summarise(folder: Path, benchmark: ReadingBenchmark, limit: int | None = Non
     if not done:
         raise InputError(f"nothing is answered in {folder}; run the generate step first")
     given = [load_image(folder / one["map"]) if item.map else one["answers"] for item, one in done]
-    rows = benchmark.score([item for item, _ in done], given)
-    groups = [item.group for item, _ in done]
+    answered = [item for item, _ in done]
+    named = {item.id: one for item, one in zip(answered, given, strict=True)}
+    return Scored(answered, benchmark.score(answered, given), named, records)
+
+
+def groups_of(run: Scored, statistics: Mapping[str, Statistic]) -> dict[str, dict[str, list[float]]]:
+    """Figures over all items and, if there are several, by group: value, ends of the interval, number of items."""
+    found = {"all": _figures(run.rows, statistics)}
+    groups = np.asarray([item.group for item in run.items])
+    names = list(dict.fromkeys(groups.tolist()))
+    if len(names) > 1:
+        found |= {name: _figures(run.rows[groups == name], statistics) for name in names}
+    return found
+
+
+def summarise(folder: Path, benchmark: ReadingBenchmark, limit: int | None = None) -> dict[str, Any]:
+    """Figures with bootstrap 95 % intervals, over all items and by group; what failed is counted and left out.
+
+    Raises:
+        InputError: Nothing was answered.
+    """
+    run = scored(folder, benchmark, limit)
+    figures = groups_of(run, benchmark.statistics)
     result: dict[str, Any] = {
         "benchmark": benchmark.name,
-        "items": len(items),
-        "answered": len(done),
-        "failed": sum(one is not None and one["status"] != "ok" for one in records),
-        "missing": sum(one is None for one in records),
+        "items": len(run.records),
+        "answered": len(run.items),
+        "failed": sum(one is not None and one["status"] != "ok" for one in run.records),
+        "missing": sum(one is None for one in run.records),
         "notes": list(benchmark.notes),
-        "figures": _figures(rows, benchmark.statistics),
+        "figures": figures.pop("all"),
     }
-    names = list(dict.fromkeys(groups))
-    if len(names) > 1:
-        chosen = np.asarray(groups)
-        result["groups"] = {name: _figures(rows[chosen == name], benchmark.statistics) for name in names}
+    if figures:
+        result["groups"] = figures
     write_json(folder / "results.json", result)
     return result
 
