@@ -94,6 +94,16 @@ class WorldSection(Section):
     long: Fraction = Field(0.0, description="Share of long captions among the freely worded prompts.")
 
 
+class TrainedWorldSection(WorldSection):
+    """What scenes a transformer is trained on."""
+
+    styles: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Drawing styles trained on; one named twice is twice as frequent. Default: the preset's.",
+    )
+
+
 class OptimizerSection(Section):
     """The optimizer and its schedule."""
 
@@ -325,7 +335,7 @@ class TransformerConfig(Section):
 
     kind: Literal["transformer"] = "transformer"
     run: RunSection
-    world: WorldSection = Field(default_factory=WorldSection)
+    world: TrainedWorldSection = Field(default_factory=TrainedWorldSection)
     model: TransformerModelSection = Field(default_factory=TransformerModelSection)
     lora: LoraSection = Field(default_factory=LoraSection)
     text: TextSection = Field(default_factory=TextSection)

@@ -72,16 +72,30 @@ def fits(sample: Sample, tokenizer: TextTokenizer, limit: int) -> bool:
 
 
 def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], seed: int) -> Any:
-    """The world's sample stream of a configuration."""
+    """The world's sample stream of a configuration.
+
+    ``world.styles`` holds for the split that is trained on; other scenes, which validation measures, stay the preset's.
+
+    Raises:
+        InputError: a style that the sprite pack doesn't have.
+    """
     from unialignment.world.presets import preset
     from unialignment.world.sprites import SpritePack
     from unialignment.world.stream import WorldStream
 
     pack = SpritePack.load(config.world.pack)
     world = config.world
+    chosen = preset(world.preset, pack)
+    if world.styles and split == world.split:
+        unknown = sorted(set(world.styles) - set(pack.styles))
+        if unknown:
+            raise InputError(
+                f"world.styles names {', '.join(unknown)}, which the sprite pack lacks; it has {', '.join(pack.styles)}"
+            )
+        chosen = replace(chosen, styles=tuple(world.styles))
     return WorldStream(
         pack,
-        preset(world.preset, pack),
+        chosen,
         split,
         seed,
         varied=world.varied,

@@ -1,0 +1,40 @@
+"""Which scenes a run is trained on, and which it is measured on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from unialignment.errors import InputError
+from unialignment.training.config import TransformerConfig
+from unialignment.training.samples import open_stream
+from unialignment.world.splits import is_held_out
+
+Make = Callable[..., TransformerConfig]
+
+
+def styles_of(stream: object, count: int = 200) -> Counter[str]:
+    scenes = [stream.sample("caption", index, draw=False).meta["scene"] for index in range(count)]
+    return Counter(item.style for scene in scenes for item in scene.objects)
+
+
+def test_named_styles_are_trained_on_and_validation_keeps_the_presets(tiny: Make, pack) -> None:
+    config = tiny("world.styles=[noto,noto,twemoji]")
+    trained = open_stream(config, "train", 0)
+    seen = styles_of(trained)
+    assert set(seen) == {"noto", "twemoji"} and 1.4 < seen["noto"] / seen["twemoji"] < 2.9
+    assert not any(is_held_out(trained.sample("caption", index, draw=False).meta["scene"]) for index in range(100))
+    assert set(styles_of(open_stream(config, "held_out", 0))) == {"noto", "fluent"}
+
+
+def test_tasks_that_share_an_index_share_the_scene_in_any_style(tiny: Make, pack) -> None:
+    stream = open_stream(tiny("world.styles=[fluent,openmoji]"), "train", 3)
+    for index in range(10):
+        assert stream.sample("caption", index).meta["scene"] == stream.sample("generate", index).meta["scene"]
+
+
+def test_a_style_that_the_pack_lacks_is_named(tiny: Make, pack) -> None:
+    with pytest.raises(InputError, match=r"world.styles names crayon.*noto"):
+        open_stream(tiny("world.styles=[noto,crayon]"), "train", 0)
