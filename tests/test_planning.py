@@ -133,6 +133,11 @@ def test_lora_needs_no_optimizer_of_frozen_weights(tiny, tiny_folder: Path) -> N
     assert memory.optimizer == 8 * memory.trainable and memory.gradients == 4 * memory.trainable
 
 
+def test_own_pictures_have_a_size_of_their_own(tiny) -> None:
+    small = training_memory(tiny(ONLY, "data.sources=[{path: rows.jsonl}]", "data.resolution=32"))
+    assert small.activations < 0.5 * training_memory(tiny(ONLY)).activations
+
+
 def test_the_caller_s_randomness_is_left_alone(tiny) -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
@@ -145,6 +150,9 @@ def test_the_published_recipe(repo_root: Path) -> None:
     config = load_config(repo_root / "configs/sd3-medium.yaml")
     assert config.micro_batches * sum(config.mixture.values()) == 384
     assert (config.optimizer.lr, config.run.max_steps, config.ema.decay) == (3e-5, 80000, 0.9995)
+    assert config.data.resolution == 512 and {task for task, count in config.mixture.items() if count} == {
+        *("generate", "edit", "perceive", "compose", "caption", "answer"),
+    }
     loss = config.loss
     assert (loss.text, loss.cross, loss.intrinsic, loss.feature_layer) == (0.2, 0.05, 0.1, 8)
     text = (repo_root / "configs/sd3-medium.yaml").read_text()

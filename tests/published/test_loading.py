@@ -373,6 +373,14 @@ def test_code_in_the_mask_embedding_is_never_run(folder: Path, tmp_path: Path) -
     assert marker.exists()  # it would have run
 
 
+def test_a_transformer_alone_is_no_pipeline(folder: Path) -> None:
+    for part in folder.iterdir():
+        if part.name != "transformer":
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+    refused(folder, "a transformer alone", "UniAlignmentTransformer.from_pretrained")
+    refused(folder / "transformer", "a transformer alone", "UniAlignmentTransformer.from_pretrained")
+
+
 def test_a_missing_mask_embedding(folder: Path) -> None:
     (folder / "mask_token_emb_00001.pth").unlink()
     refused(folder, "no mask_token_emb*.pth")
@@ -449,6 +457,32 @@ def test_our_layout_with_t5_is_as_strict(pipe: UniAlignmentPipeline, tmp_path: P
         with pytest.raises(CheckpointError, match=message):
             unialignment.load(copy, device="cpu")
         shutil.rmtree(copy)
+
+
+def test_what_is_fetched_of_a_hub_s_repository(hub: list[dict[str, object]]) -> None:
+    """A `*` of the hub goes through folders, so each file is asked for as the hub's own client does."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = {
+        "published": ["model_index.json", "mask_token_emb_00001.pth", "transformer/mask_token_emb.pth"],
+        "weights": ["transformer/a.safetensors", "vae/a.safetensors", "text_encoder/model-00001-of-00002.safetensors"],
+        "sd3": ["text_encoder_3/model.safetensors", "tokenizer_3/spiece.model", "transformer/config.json"],
+        "ours": ["text_embedder/mask_embedding.safetensors", "published/transformer/training_only.safetensors"],
+    }
+    useless = [
+        *("sd3.5_medium.safetensors", "text_encoders/t5xxl_fp16.safetensors", "text_encoder_2/model.safetensors"),
+        *("text_encoder_3/model.fp16-00001-of-00002.safetensors", "transformer/model.bin", "transformer/model.pth"),
+    ]
+    unialignment.load("owner/tiny", device="cpu")
+    allowed, ignored = hub[-1]["allow_patterns"], hub[-1]["ignore_patterns"]
+    every = [file for group in files.values() for file in group]
+    found = filter_repo_objects([*every, *useless], allow_patterns=allowed, ignore_patterns=ignored)  # type: ignore[arg-type]
+    assert list(found) == every
+    UniAlignmentTransformer.from_pretrained("owner/tiny", subfolder="transformer")
+    allowed = hub[-1]["allow_patterns"]
+    assert list(filter_repo_objects(every, allow_patterns=allowed)) == [  # type: ignore[arg-type]
+        file for file in every if file.startswith("transformer/")
+    ]
 
 
 def _drop_tensor(path: Path) -> None:

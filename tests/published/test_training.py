@@ -174,3 +174,48 @@ def test_what_the_model_sees_in_a_step(
         assert given["text_embeds"].shape[1] == ids.shape[1]
         positions = given["logit_positions"]
         assert positions is None or isinstance(positions, (torch.Tensor, tuple))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("lora.rank=2", "run.activation_checkpointing=true"),
+        pytest.param(("lora.rank=2",), marks=pytest.mark.slow),
+        pytest.param(("micro_batches=2",), marks=pytest.mark.slow),
+        pytest.param(("lora.rank=2", "lora.base_precision=bf16", "run.precision=bf16"), marks=pytest.mark.slow),
+    ],
+    ids=["lora, checkpointing", "lora", "full weights", "lora, bf16"],
+)
+def test_the_memory_of_a_step_is_predicted(
+    overrides: tuple[str, ...], published_folder: Path, repo_root: Path, tmp_path: Path, pack: object
+) -> None:
+    """With T5, an AutoencoderKL and the published texts, as `unialign plan configs/sd3-medium.yaml` assumes them."""
+    from rich.console import Console
+
+    from unialignment.memory import measured_peak, size_of, tensors_of
+    from unialignment.planning import training_memory
+    from unialignment.training.config import load_config
+    from unialignment.training.loop import Trainer
+
+    config = load_config(
+        repo_root / "configs" / "tiny.yaml",
+        [
+            *(f"run.dir={tmp_path / 'run'}", "run.max_steps=4", "data.workers=0", f"model.initial={published_folder}"),
+            *("text.max_length=256", "loss.cross=0", "loss.intrinsic=0", "logging.tensorboard=false"),
+            *("logging.samples=false", "model.transformer={}"),
+            "mixture={generate: 2, edit: 2, caption: 2, answer: 0, perceive: 0, control: 0, compose: 1, infill: 0}",
+            *overrides,
+        ],
+    )
+    trainer = Trainer(config, Console(quiet=True))
+    source = trainer.source()
+    count = config.micro_batches
+    trainer.step([source(index) for index in range(count)])  # makes the optimizer's state
+    micros = [source(index) for index in range(count, 2 * count)]
+    step, _ = measured_peak(lambda: trainer.step(micros))
+    state = [v for entry in trainer.optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
+    resident = size_of(tensors_of(trainer.objective)) + size_of(state) + size_of(trainer.ema.shadow.values())
+    predicted = training_memory(config)
+    assert predicted.weights + predicted.optimizer + predicted.average == pytest.approx(resident, rel=0.01)
+    assert predicted.gradients + predicted.activations == pytest.approx(step, rel=0.15)
+    assert predicted.peak == pytest.approx(resident + step, rel=0.15)

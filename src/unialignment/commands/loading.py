@@ -99,7 +99,7 @@ def load_pipeline(args: argparse.Namespace) -> UniAlignmentPipeline:
     for number, (path, scale) in enumerate(loras):
         report = pipe.load_lora(path, scale, name=f"lora{number + 1}")
         notes.append(f"lora {path} at {scale:g}: {report.summary()}")
-        notes += _unmatched(report)
+        notes += unmatched_lines(report)
     if given.get("vae_tiling"):
         pipe.enable_vae_tiling()
     if offload == "model":
@@ -115,5 +115,6 @@ def load_pipeline(args: argparse.Namespace) -> UniAlignmentPipeline:
     return pipe
 
 
-def _unmatched(report: LoraReport) -> list[str]:
+def unmatched_lines(report: LoraReport) -> list[str]:
+    """Every key of a LoRA file that found no place, with the reason."""
     return [f"  unmatched {name}: {reason}" for name, reason in sorted(report.unmatched.items())]

@@ -25,13 +25,16 @@ def configure_merge(parser: argparse.ArgumentParser) -> None:
 
 def merge(args: argparse.Namespace) -> int:
     """Write a model with a LoRA added to its weights."""
+    from unialignment.commands.loading import unmatched_lines
     from unialignment.model.convert import merge_folder
     from unialignment.model.folders import resolve_model
 
     started = time.perf_counter()
     report = merge_folder(resolve_model(args.model), args.lora, args.out, args.scale, args.max_shard_size)
     data = {"path": str(args.out), "matched": list(report.matched), "unmatched": dict(report.unmatched)}
-    common.say(args, {**data, "seconds": common.seconds(started)}, [report.summary(), str(args.out)])
+    common.say(
+        args, {**data, "seconds": common.seconds(started)}, [report.summary(), *unmatched_lines(report), str(args.out)]
+    )
     return 0
 
 

@@ -154,7 +154,7 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"no model {text!r}: not a folder, nor a packaged model ({known}), nor a hub id owner/name"
         )
-    return _download(text, revision, known)
+    return _download(text, revision, known, _PIPELINE)
 
 
 def fetch_snapshot(name: str | Path, subfolder: str | None = None, revision: str | None = None, **options: Any) -> Path:
@@ -175,13 +175,22 @@ def fetch_snapshot(name: str | Path, subfolder: str | None = None, revision: str
     text = str(name)
     if isinstance(name, Path) or not _HUB_ID.match(text):
         raise CheckpointError(f"no folder {text!r}, and it is no hub id (owner/name) either; check the path")
-    return _download(text, revision, "or a packaged model's name", subfolder, **options)
+    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _ANYWHERE]
+    return _download(text, revision, "or a packaged model's name", patterns, **options)
 
 
-_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.md", "mask_token_emb*.pth")
+_PATTERNS = ("*.json", "*.model", "*.txt", "*.md", "*mask_token_emb*.pth")
+_WEIGHT_FOLDERS = (
+    *("transformer", "text_embedder", "autoencoder", "tokenizer", "published"),
+    *("vae", "text_encoder", "text_encoder_3", "tokenizer_3"),
+)
+"""Where a pipeline's weights are. Repositories of Stable Diffusion 3 have them a second time, in single files beside
+these folders, for other programs."""
+_ANYWHERE = (*_PATTERNS, "*.safetensors")
+_PIPELINE = (*_PATTERNS, *(f"{folder}/*.safetensors" for folder in _WEIGHT_FOLDERS))
 
 
-def _download(hub_id: str, revision: str | None, known: str, subfolder: str | None = None, **options: Any) -> Path:
+def _download(hub_id: str, revision: str | None, known: str, patterns: Iterable[str], **options: Any) -> Path:
     try:
         import huggingface_hub
 
@@ -189,7 +198,7 @@ def _download(hub_id: str, revision: str | None, known: str, subfolder: str | No
             huggingface_hub.snapshot_download(
                 hub_id,
                 revision=revision,
-                allow_patterns=[f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _PATTERNS],
+                allow_patterns=list(patterns),
                 ignore_patterns=["*.fp16*"],  # a second copy of the same weights
                 **options,
             )

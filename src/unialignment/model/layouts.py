@@ -39,7 +39,14 @@ def folder_layout(folder: str | Path) -> Layout:
     Raises:
         CheckpointError: There is neither, or the class isn't known.
     """
-    path, config = Path(folder) / INDEX_NAME, Path(folder) / "transformer" / "config.json"
+    folder = Path(folder)
+    path, config = folder / INDEX_NAME, folder / "transformer" / "config.json"
+    alone = _transformer_alone(folder)
+    if alone is not None:
+        raise CheckpointError(
+            f"{alone} is a transformer alone, and a model has a text encoder, tokenizer and autoencoder beside it; give "
+            f"the folder that holds them all, or use UniAlignmentTransformer.from_pretrained({str(alone)!r})"
+        )
     if not path.is_file() and config.is_file():
         path = config
     entry = read_json(path).get("transformer" if path.name == INDEX_NAME else "_class_name")
@@ -47,6 +54,17 @@ def folder_layout(folder: str | Path) -> Layout:
     if name not in _LAYOUTS:
         raise CheckpointError(f"{path} names no usable transformer (got {entry!r}); expected {' or '.join(_LAYOUTS)}")
     return _LAYOUTS[name]
+
+
+def _transformer_alone(folder: Path) -> Path | None:
+    """The transformer's folder, if that is all that a folder is or holds."""
+    if (folder / INDEX_NAME).is_file():
+        return None
+    if (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") in _LAYOUTS:
+        return folder
+    others = ("vae", "autoencoder", "tokenizer", "tokenizer_3")
+    inside = folder / "transformer"
+    return inside if (inside / "config.json").is_file() and not any((folder / n).is_dir() for n in others) else None
 
 
 def load_model_tokenizer(folder: str | Path) -> TextTokenizer:

@@ -47,7 +47,10 @@ class Components:
     embedder: TokenEmbedder | None
     encoder: nn.Module | None
     autoencoder: Any
-    side: int  # latent positions along one side
+    side: int
+    """Latent positions along one side of the model's own pictures."""
+    trained_side: int
+    """The same of the pictures that it is trained on."""
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -98,6 +101,7 @@ def _autoencoder(folders: list[Path], published: bool, expected: Path | None, no
 
 
 def _text_encoder(folder: Path | None, published: bool, notes: list[str]) -> nn.Module | None:
+    """In evaluation mode, as it always is: dropout would keep its attention out of fused kernels."""
     from transformers import T5Config, T5EncoderModel
 
     for name in ("text_embedder", "text_encoder_3", "text_encoder"):
@@ -107,11 +111,11 @@ def _text_encoder(folder: Path | None, published: bool, notes: list[str]) -> nn.
             if settings.get("_class_name") == "TokenEmbedder":
                 return None
             if settings.get("model_type", "t5") == "t5" and "d_model" in settings:
-                return T5EncoderModel(T5Config(**settings))
+                return T5EncoderModel(T5Config(**settings)).eval()
     if not published:
         return None
     notes.append("the text encoder's folder isn't there: T5-XXL (4.8 B parameters) was assumed")
-    return T5EncoderModel(T5Config(**T5_XXL))
+    return T5EncoderModel(T5Config(**T5_XXL)).eval()
 
 
 def _vocabulary(config: TransformerConfig) -> int:
@@ -157,10 +161,9 @@ def _build_on_meta(config: TransformerConfig, notes: list[str]) -> Components:
     autoencoder = _autoencoder(folders, published, config.autoencoder.path, notes).eval().requires_grad_(False)
     encoder = _text_encoder(initial, published, notes)
     arguments = _initial_settings(initial)
+    resolution = config.data.resolution if config.data.sources else {"nano": 64}.get(config.world.preset, 128)
+    side = resolution // autoencoder.spatial_factor
     if arguments is None:
-        resolution = int(config.model.transformer.get("sample_size", 0)) * autoencoder.spatial_factor
-        resolution = resolution or {"nano": 64}.get(config.world.preset, 128)
-        side = resolution // autoencoder.spatial_factor
         vocabulary = 32128 if encoder is not None else _vocabulary(config)
         arguments = transformer_arguments(config, side, autoencoder.latent_channels, vocabulary)
         if encoder is not None:
@@ -176,7 +179,7 @@ def _build_on_meta(config: TransformerConfig, notes: list[str]) -> Components:
     transformer.gradient_checkpointing = config.run.activation_checkpointing
     if config.lora.rank:
         lora.prepare(transformer, embedder or nn.Module(), config.lora)
-    return Components(transformer, embedder, encoder, autoencoder, int(transformer.config.sample_size))
+    return Components(transformer, embedder, encoder, autoencoder, int(transformer.config.sample_size), side)
 
 
 def build_folder(folder: str | Path) -> Components:
@@ -197,7 +200,8 @@ def build_folder(folder: str | Path) -> Components:
         if encoder is None:
             path = folder / "text_embedder" / "config.json"
             embedder = _table(transformer, int(read_json(path).get("max_length", 256)))
-    return Components(transformer, embedder, encoder, autoencoder, int(transformer.config.sample_size))
+    side = int(transformer.config.sample_size)
+    return Components(transformer, embedder, encoder, autoencoder, side, side)
 
 
 def has_text_encoder(folder: str | Path) -> bool:
@@ -225,6 +229,8 @@ def embed(parts: Components, batch: int, length: int) -> Tensor:
         return parts.embedder.embed(torch.zeros(batch, length, dtype=torch.long))
     assert parts.encoder is not None
     width = parts.transformer.config.joint_attention_dim
+    if not length:
+        return torch.empty(batch, 0, width)
     with torch.no_grad():
         dtype = next(parts.encoder.parameters()).dtype
         return parts.encoder(inputs_embeds=torch.empty(batch, length, width, dtype=dtype)).last_hidden_state

@@ -61,7 +61,7 @@ def _groups(config: TransformerConfig) -> list[tuple[str, int, int, int, bool]]:
 def _step(config: TransformerConfig, parts: Components, prompt: int) -> None:
     """One micro-batch, forward and backward, as the objective computes it."""
     losses: list[Tensor] = []
-    pixels = parts.side * parts.autoencoder.spatial_factor
+    pixels = parts.trained_side * parts.autoencoder.spatial_factor
     layer = config.loss.feature_layer if config.teacher.name is not None else None
     with torch.autocast("cpu", torch.bfloat16, enabled=config.run.precision == "bf16"):
         for target, sources, length, batch, paired in _groups(config):
@@ -70,7 +70,9 @@ def _step(config: TransformerConfig, parts: Components, prompt: int) -> None:
             with torch.no_grad():
                 latents = list(parts.autoencoder.encode(images).float().chunk(count)) if count else []
             # Captions have no prompt, questions are short.
-            words = prompt if target == "image" or parts.encoder is not None else min(prompt, PROMPT_BUCKET)
+            words = prompt if target == "image" else min(prompt, PROMPT_BUCKET)
+            if target == "text" and parts.encoder is not None:  # as published: a question leads the text it is about
+                words, length = 0, length + words
             text, mask = embed(parts, batch, words), torch.ones(batch, words, dtype=torch.bool)
             if target == "image":
                 loss = _image_loss(config, parts, latents, text, mask, paired, layer)
