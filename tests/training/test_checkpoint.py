@@ -73,6 +73,21 @@ def test_a_full_disk_leaves_earlier_checkpoints_in_force(tmp_path: Path, monkeyp
     assert store.load()[1]["step"] == 3
 
 
+def test_the_operating_systems_own_refusal_is_understood(tmp_path: Path) -> None:
+    """A real limit on the size of files, which the library that writes tensors meets half-way through."""
+    resource = pytest.importorskip("resource")
+    store = CheckpointStore(tmp_path)
+    store.save(1, tensors(1), {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
+    try:
+        with pytest.raises(StorageError, match=r"step 2.*disk is full or a size limit.*intact"):
+            store.save(2, {"a": torch.zeros(1 << 18)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"] and store.load()[1]["step"] == 1
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
 def test_a_damaged_latest_is_passed_over(tmp_path: Path, damage: str) -> None:
     store = CheckpointStore(tmp_path, keep=3)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from unialignment.cli import main
-from unialignment.errors import AssetError, ConfigError
+from unialignment.errors import AssetError, ConfigError, StorageError
 from unialignment.training import caching
 from unialignment.training.batching import Batch
 from unialignment.training.build import build_objective, build_tokenizer
@@ -79,6 +79,22 @@ def test_damage_is_noticed_and_says_how_to_mend_it(folder: Path) -> None:
         FeatureStore(folder)
     with pytest.raises(AssetError, match="no feature cache at"):
         FeatureStore(folder / "elsewhere")
+
+
+def test_a_shard_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    writer = ShardWriter()
+    writer.add("latent", "a", torch.zeros(1 << 18))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
+    try:
+        with pytest.raises(StorageError, match="disk is full or a size limit"):
+            writer.write(tmp_path, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "shards").iterdir()) and not shard_done(tmp_path, 0)
+    writer.write(tmp_path, 0)
+    assert shard_done(tmp_path, 0)
 
 
 def test_values_that_do_not_fit_the_type_are_refused() -> None:

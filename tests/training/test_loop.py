@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -228,6 +229,25 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(tiny: Mak
     monkeypatch.undo()
     trainer.step([data(4)])
     assert not all(torch.equal(a, b) for a, b in zip(before.values(), weights(trainer).values(), strict=True))
+
+
+@pytest.mark.slow
+def test_data_workers_that_are_killed_change_nothing_in_a_run(tiny: Make, tmp_path: Path, silent, monkeypatch) -> None:
+    Trainer(tiny(FEW, f"run.dir={tmp_path / 'whole'}"), silent).train()
+    with (tmp_path / "out.txt").open("w") as file:
+        trainer = Trainer(tiny(FEW, "data.workers=2"), Console(file=file))
+        real = trainer.step
+
+        def stepped(micros):
+            if trainer.progress.step == 2:
+                for worker in multiprocessing.active_children():
+                    os.kill(worker.pid, signal.SIGKILL)
+            return real(micros)
+
+        monkeypatch.setattr(trainer, "step", stepped)
+        trainer.train()
+    assert (tmp_path / "out.txt").read_text().count("another takes its place") == 2
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole") and len(losses(tmp_path / "run")) == 6
 
 
 def test_a_full_disk_ends_the_run_with_one_clear_error(tiny: Make, silent, monkeypatch) -> None:

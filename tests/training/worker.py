@@ -1,7 +1,8 @@
 """Several processes in tests: how they are started, and what each does: train the runs of a plan, each in a child.
 
 Called as ``worker.py PLAN.json``; the plan lists ``{"overrides": [...], "port": ..., "disturb": ...}``. Writes the exit
-codes (negative: killed by that signal) beside the plan. Not a test.
+codes (negative: killed by that signal) beside the plan. Under ``torchrun``, as ``worker.py PLAN.json once``: trains the
+first run, which is disturbed at torchrun's first attempt only. Not a test.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def disturb(trainer: Trainer, rank: int, step: int, how: str) -> None:
 
 def run(one: dict) -> int:
     """Train one run; 2 for an error that is explained, 1 for any other."""
-    os.environ["MASTER_PORT"] = str(one["port"])
+    os.environ.setdefault("MASTER_PORT", str(one["port"]))
     try:
         trainer = Trainer(load_config(ROOT / "configs" / "tiny.yaml", one["overrides"]), Console(file=sys.stdout))
         if one.get("disturb"):
@@ -135,6 +136,11 @@ def run(one: dict) -> int:
 
 def main() -> None:
     path = Path(sys.argv[1])
+    if sys.argv[2:] == ["once"]:
+        first = json.loads(path.read_text())[0]
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+            first["disturb"] = None
+        sys.exit(run(first))
     codes = []
     for one in json.loads(path.read_text()):
         child = os.fork()  # after the imports, before any thread

@@ -336,8 +336,12 @@ class Trainer(ValidatedRun):
             for batches in moved:
                 self.objective(batches, noise)
 
+        def encoders() -> None:
+            for batches in moved:
+                self.objective.frozen_passes(batches)
+
         with autocast(self.device, self.config.run.precision), torch.compiler.set_stance("force_eager"):
-            flops = step_flops(passes)
+            flops = step_flops(passes, encoders)
         rate = gemm_rate(self.device, self.config.run.precision)
         totals = self.parallel.gather((flops, rate))
         return sum(each for each, _ in totals), sum(each for _, each in totals)

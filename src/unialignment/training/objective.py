@@ -398,6 +398,15 @@ class Objective(nn.Module):
                 latents = [self.autoencoder.encode(image).float() for image in images]
         return (None, latents) if batch.target_images is None else (latents[0], latents[1:])
 
+    def frozen_passes(self, batches: Sequence[Batch | Share]) -> None:
+        """What :meth:`forward` does without gradient, and nothing else: frozen encoders on their inputs."""
+        trained = "text_embedder" in self.trainable()
+        for item in batches:
+            batch = item.batch if isinstance(item, Share) else item
+            self._latents(batch)
+            if not trained:
+                self._prompt(batch)
+
     def _pair_sides(self, batch: Batch) -> tuple[bool, bool]:
         """Whether a batch gives picture and text embeddings to the contrastive loss."""
         if not self.settings.cross:

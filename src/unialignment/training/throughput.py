@@ -47,16 +47,27 @@ class Throughput:
         return result
 
 
-def step_flops(forward: Callable[[], Any]) -> float:
+def step_flops(forward: Callable[[], Any], frozen: Callable[[], Any] | None = None) -> float:
     """Operations of forward and backward passes: three times those of the forward pass, which is run and counted.
 
-    Matrix products, convolutions and attention count, a multiplication and an addition as two.
+    Matrix products, convolutions and attention count, a multiplication and an addition as two. Of a LoRA run the
+    weights' own gradients, which are not computed, are counted too.
+
+    Args:
+        forward: The pass.
+        frozen: The part of it that no gradient flows through, which counts once.
     """
+    whole = _counted(forward)
+    return 3.0 * whole - (0.0 if frozen is None else 2.0 * _counted(frozen))
+
+
+@torch.no_grad()
+def _counted(run: Callable[[], Any]) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward()
-    return 3.0 * counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
 
 
 def gemm_rate(device: torch.device, precision: str) -> float:
