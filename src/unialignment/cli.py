@@ -150,7 +150,7 @@ COMMANDS: dict[str, Command] = {
     "distill": Command(
         "teach a few-step student what a trained model draws in many",
         "distill:distill",
-        "unialign distill configs/distill-nano.yaml steps=[8,4]",
+        "unialign distill configs/distill-nano.yaml budget_seconds=600",
         "configure",
     ),
     "bench": Command(

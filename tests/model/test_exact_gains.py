@@ -71,6 +71,11 @@ def test_room_for_own_keys_changes_nothing(model: UniAlignmentTransformer) -> No
         torch.testing.assert_close(one, torch.cat([first, other]), atol=1e-5, rtol=0)
     part = model.denoise(roomy.first(3), latents=latents[:3], timestep=time[:3]).velocity
     torch.testing.assert_close(part, first, atol=1e-5, rtol=0)
+    chosen = roomy.select(torch.tensor([4, 1]))
+    assert chosen.room is not None
+    assert chosen.keys[0].data_ptr() == chosen.room[0][0].data_ptr()
+    few = model.denoise(chosen, latents=latents[[4, 1]], timestep=time[[4, 1]]).velocity
+    torch.testing.assert_close(few, one[[4, 1]], atol=1e-5, rtol=0)
 
 
 def test_room_is_left_alone_where_gradients_are_needed(model: UniAlignmentTransformer) -> None:

@@ -70,14 +70,24 @@ class ConditionCache:
         return self.keys[0].shape[2]
 
     def select(self, index: Tensor) -> ConditionCache:
-        """The cache of conditions ``index`` (``[n]``, repeats allowed): one prompt shared by many samples."""
-        return ConditionCache(
-            tuple(key[index] for key in self.keys),
-            tuple(value[index] for value in self.values),
-            None if self.mask is None else self.mask[index],
-            TransformerOutput(),
-            None if self.aligned is None else self.aligned[index],
-        )
+        """The cache of conditions ``index`` (``[n]``, repeats allowed): one prompt shared by many samples.
+
+        Room behind the conditions stays room, so that the steps after it needn't copy them either.
+        """
+        mask = None if self.mask is None else self.mask[index]
+        aligned = None if self.aligned is None else self.aligned[index]
+        if self.room is not None:
+            room = tuple((key[index], value[index]) for key, value in self.room)
+            return ConditionCache(
+                tuple(key[:, :, : self.length] for key, _ in room),
+                tuple(value[:, :, : self.length] for _, value in room),
+                mask,
+                TransformerOutput(),
+                aligned,
+                room,
+            )
+        keys, values = tuple(key[index] for key in self.keys), tuple(value[index] for value in self.values)
+        return ConditionCache(keys, values, mask, TransformerOutput(), aligned)
 
     def first(self, count: int) -> ConditionCache:
         """The first ``count`` conditions, as views."""

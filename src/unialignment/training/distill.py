@@ -54,7 +54,6 @@ from unialignment.training.runtime import autocast
 from unialignment.training.schedule import learning_rate_factor
 
 
-
 @dataclass(frozen=True)
 class Stage:
     """One stage.

@@ -35,12 +35,16 @@ class DistillConfig(Section):
         description="Samples of each task in an update; texts are held where they are.",
     )  # fmt: skip
     guidance: dict[str, float] = Field(default_factory=dict, description="Scale by task. Default: the model's own.")
-    shift: float | None = Field(None, gt=0, description="Resolution shift of the noise levels. Default: the model's own.")
+    shift: float | None = Field(
+        None, gt=0, description="Resolution shift of the noise levels. Default: the model's own."
+    )
     budget_seconds: float | None = Field(
         None, gt=0, description="Wall clock for everything, over all sessions. Default: the counts below alone decide."
     )
     draw_share: float = Field(0.4, gt=0, lt=1, description="Share of the budget for the teacher's trajectories.")
-    trajectories: int = Field(200, ge=2, description="Files of trajectories, each of one mixture; the first is held out.")
+    trajectories: int = Field(
+        200, ge=2, description="Files of trajectories, each of one mixture; the first is held out."
+    )
     steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (10, 5), description="Student's steps in each stage, dividing those of the stage before."
     )
