@@ -1,11 +1,11 @@
-"""Few-step students beside their teacher: seconds a picture and SemGen-World's four groups, on the same items and seeds.
+"""Few-step students beside their teacher: seconds, and SemGen-World's four groups on the same items and seeds.
 
     unialign distill configs/distill-nano.yaml
     python benchmarks/few_steps.py runs/distill-nano/model-10 runs/distill-nano/model-5 --limit 25
 
 Contestants draw the same batches in turns. Seconds are of drawing alone: the processor's with one thread, else of the
 clock. `--limit 0 --batch-size 1 --threads 2` tells the seconds of one picture on two cores, without judging any. Scores
-are those of `unialign eval semgen-world` (key semgen.overall); that of a contestant over the teacher's is resampled over
+are those of `unialign eval semgen-world` (key semgen.overall); a contestant's over the teacher's is resampled over
 items, since both drew the same ones. Judging a picture takes a few seconds: with 25 items a group, about as many
 minutes in all as there are contestants times four.
 """

@@ -76,8 +76,8 @@ def autoencoder(model: str, batch: int, decode: bool) -> Pair:
 def cases(model: str) -> dict[str, Callable[[], Pair]]:
     """Name → what makes its pair."""
     found: dict[str, Callable[[], Pair]] = {}
-    # `nano` drawing eight pictures, guided, and writing eight captions; the 100M model's steps: generate, edit-1, edit-4,
-    # caption; and at 512 px.
+    # `nano` drawing eight pictures, guided, and writing eight captions; the 100M model's steps: generate, edit-1,
+    # edit-4, caption; and at 512 px.
     for shape in (
         *((16, 6, 32, 64, 84), (8, 6, 32, 40, 105)),
         *(

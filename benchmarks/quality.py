@@ -5,10 +5,10 @@ processor's (with one thread), quality is the judge's.
 
     python benchmarks/quality.py --tasks caption,answer --limit 48 --json benchmarks/results/quality-nano-texts.json
 
-The published procedure for texts is what the released pipeline does (`unialignment.benchmarking.published_text`): 64 steps
-of ancestral sampling and a last pass, one picture at a time, everything computed at every pass, with the same weights on
-the same canvas of 40 positions for captions and 8 for answers. The text encoder, which it runs at every pass, too, is a
-table here and costs nothing. Both guidance branches of pictures are as the pipeline's.
+The published procedure for texts is what the released pipeline does (`unialignment.benchmarking.published_text`): 64
+steps of ancestral sampling and a last pass, one picture at a time, everything computed at every pass, with the same
+weights on the same canvas of 40 positions for captions and 8 for answers. The text encoder, which it runs at every
+pass, too, is a table here and costs nothing. Both guidance branches of pictures are as the pipeline's.
 """
 
 from __future__ import annotations

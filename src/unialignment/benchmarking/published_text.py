@@ -82,8 +82,8 @@ def _sample(
 ) -> tuple[Tensor, int]:
     """Ids ``[1, L]`` and how many passes they took.
 
-    The reverse step from t to s = t − 1/steps: a masked position stays so with weight s, and becomes a token with weight
-    (t − s)·p(token); unmasked ones are copied.
+    The reverse step from t to s = t − 1/steps: a masked position stays so with weight s, and becomes a token with
+    weight (t − s)·p(token); unmasked ones are copied.
     """
     mask = pipe.tokenizer.mask_token_id
     ids = torch.full((1, length), mask, device=pipe.device)

@@ -78,8 +78,8 @@ class Suite:
                 raise InputError(f"unknown {what} {', '.join(map(repr, unknown))}: use some of {', '.join(known)}")
         if "peer" in parts and not self.has_published:
             raise InputError(
-                f"part 'peer' needs a size in Stable Diffusion 3's proportions: diffusers has no model of {self.size}'s "
-                "shape (shared modulation, squared ReLU). Use --size 25M, 100M, 300M or 2B, or leave the part out"
+                f"part 'peer' needs a size in Stable Diffusion 3's proportions: diffusers has no model of {self.size}'s"
+                " shape (shared modulation, squared ReLU). Use --size 25M, 100M, 300M or 2B, or leave the part out"
             )
         if "tasks" in parts:
             self.tasks(tasks)

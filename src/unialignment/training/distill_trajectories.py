@@ -1,9 +1,9 @@
 """A teacher's guided trajectories from noise to picture, computed once and kept as files to learn from.
 
-What a few-step student has to learn is where the teacher's own sampler goes: with guidance, from noise, in as many steps
-as it is used with. So that is what is stored: the points where a student's steps begin and end, with the conditions
-as tensors. Targets are then free of noise, the student sees the states that it will be in (not noised data, from which
-guided trajectories stray), and several epochs cost the teacher nothing. Knows nothing of students.
+What a few-step student has to learn is where the teacher's own sampler goes: with guidance, from noise, in as many
+steps as it is used with. So that is what is stored: the points where a student's steps begin and end, with the
+conditions as tensors. Targets are then free of noise, the student sees the states that it will be in (not noised data,
+from which guided trajectories stray), and several epochs cost the teacher nothing. Knows nothing of students.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ class Teacher:
         fine = sigma_schedule(self.windows * inner, self.shift)
         x = torch.randn(shape, generator=generator).to(device)
         points = [x]
-        for number, (here, there) in enumerate(zip(fine[:-1], fine[1:], strict=True)):
+        for number, (here, there) in enumerate(pairwise(fine)):
             x = x + (there - here) * velocity(x, torch.full((1,), here, device=device), None)
             if (number + 1) % inner == 0:
                 points.append(x)
