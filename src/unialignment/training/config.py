@@ -102,6 +102,9 @@ class TrainedWorldSection(WorldSection):
         min_length=1,
         description="Drawing styles trained on; one named twice is twice as frequent. Default: the preset's.",
     )
+    jitter: float = Field(
+        0.0, ge=0, description="Strength of random changes to pictures that are read: turned, stretched, tones, noise."
+    )
 
 
 class OptimizerSection(Section):

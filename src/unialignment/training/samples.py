@@ -25,10 +25,12 @@ from unialignment.model.tokenizer import TextTokenizer
 from unialignment.tasks import TASKS
 from unialignment.training.batching import Batch, collate
 from unialignment.training.config import SourceSection, TransformerConfig
+from unialignment.training.jitter import jitter
 
 VALIDATION_SEED = 20_000_003
 """Seed of the validation samples; the same for every run, so that runs compare."""
 
+_JITTER = 0x6A6974
 _ELSEWHERE = 1 << 40
 """Offset of the substitutes for samples that do not fit; no run is that long."""
 
@@ -110,11 +112,12 @@ QUARANTINE = "quarantine.jsonl"
 class WorldSamples:
     """The sprite world's stream, with substitutes, and with a pool of scenes where embeddings are kept of them.
 
-    ``chunks`` and :meth:`epoch_length` are those of :class:`~unialignment.data.mixture.UserStream`.
+    ``chunks`` and :meth:`epoch_length` are those of :class:`~unialignment.data.mixture.UserStream`. ``strength`` is
+    that of :func:`~unialignment.training.jitter.jitter` on pictures of tasks whose target is a text.
     """
 
-    def __init__(self, stream: Any, counts: Mapping[str, int], pool: int | None = None) -> None:
-        self.stream, self.pool = stream, pool
+    def __init__(self, stream: Any, counts: Mapping[str, int], pool: int | None = None, strength: float = 0.0) -> None:
+        self.stream, self.pool, self.strength = stream, pool, strength
         # One stride for all tasks: those that show the same scene at the same index meet in one micro-batch,
         # which is where the contrastive loss finds its pairs.
         self.chunks = dict.fromkeys(counts, max(counts.values(), default=1))
@@ -126,7 +129,13 @@ class WorldSamples:
         """The sample of a task at a number; ``attempt`` above 0 gives a substitute."""
         place = (number % self.pool if self.pool else number) + attempt * _ELSEWHERE
         sample: Sample = self.stream.sample(task, place, pictures)
-        return replace(sample, meta={**sample.meta, "pictures": _world_keys(sample, place)})
+        keys = _world_keys(sample, place)
+        if self.strength and TASKS.get(task).target == "text":
+            # A picture of its own for every number, hence nothing that could be kept for it would be used again.
+            rng = np.random.default_rng([_JITTER, place, number])
+            sample = replace(sample, sources=tuple(jitter(picture, self.strength, rng) for picture in sample.sources))
+            keys = tuple(f"{key}:jitter:{self.strength}:{number}" for key in keys)
+        return replace(sample, meta={**sample.meta, "pictures": keys})
 
     def bare(self, task: str, number: int, attempt: int = 0) -> tuple[Sample, tuple[str, ...]]:
         """:meth:`sample` without drawing its pictures, and a key of each of them."""
@@ -178,7 +187,12 @@ def open_data(
     seed = config.run.seed if split == "train" else VALIDATION_SEED
     counts = {task: count for task, count in config.mixture.items() if count}
     world = (
-        WorldSamples(open_stream(config, config.world.split if split == "train" else split, seed), counts, pool)
+        WorldSamples(
+            open_stream(config, config.world.split if split == "train" else split, seed),
+            counts,
+            pool,
+            config.world.jitter if split == "train" else 0.0,
+        )
         if not data.sources or any(source.format == "world" for source in data.sources)
         else None
     )

@@ -1,0 +1,77 @@
+"""Small random changes of pictures that a model reads, so that it recognises drawings it was never shown.
+
+A world has few drawings of each class, and a model learns them by heart: it then names what it has seen and little
+else. Turned, stretched, recoloured and noisy pictures have the same captions and answers. Does not know which tasks
+read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from unialignment.data.sample import Image as Picture
+
+TURN = 12.0
+"""Degrees."""
+STRETCH = 0.15
+"""Of width and height, each by itself, in natural logarithms."""
+SHIFT = 0.04
+"""Of the side. Places are said in thirds of a picture, so that they stay true."""
+TONE = 0.2
+"""Of brightness, contrast and saturation, in natural logarithms. Backgrounds lie further apart than that."""
+NOISE = 12.0
+"""Standard deviation, of 255."""
+BLUR = 0.7
+"""Radius, pixels of a picture 64 wide."""
+_GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+def jitter(picture: Picture, strength: float, rng: np.random.Generator) -> Picture:
+    """The picture, changed by at most ``strength`` times this module's limits, each change drawn uniformly.
+
+    Args:
+        picture: ``[H, W, 3]``, 8-bit.
+        strength: 0 changes nothing.
+        rng: Source of all choices.
+
+    Returns:
+        A picture of the same shape.
+    """
+    # Some pictures stay nearly as they are: what is asked in the end comes without any of this.
+    strength = strength * rng.random()
+    changed = _moved(picture, strength, rng)
+    if rng.random() < 0.5:
+        radius = BLUR * strength * rng.random() * picture.shape[1] / 64
+        changed = changed.filter(ImageFilter.GaussianBlur(radius))
+    values = np.asarray(changed, dtype=np.float32)
+    brightness, contrast, saturation = np.exp(rng.uniform(-TONE, TONE, 3) * strength)
+    grey = (values @ _GREY)[..., None]
+    values = grey + (values - grey) * saturation
+    middle = values.mean()
+    values = (middle + (values - middle) * contrast) * brightness
+    values += rng.standard_normal(values.shape, dtype=np.float32) * (NOISE * strength * rng.random())
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def _moved(picture: Picture, strength: float, rng: np.random.Generator) -> Image.Image:
+    """Turned, stretched and shifted about the centre; what comes in from outside continues the border."""
+    height, width = picture.shape[:2]
+    margin = max(height, width) // 3
+    wide = Image.fromarray(np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge"))
+    angle = math.radians(rng.uniform(-TURN, TURN) * strength)
+    across, down = np.exp(rng.uniform(-STRETCH, STRETCH, 2) * strength)
+    right, below = rng.uniform(-SHIFT, SHIFT, 2) * strength * (width, height)
+    cosine, sine = math.cos(angle), math.sin(angle)
+    matrix = (cosine * across, sine * across, -sine * down, cosine * down)
+    x, y = width / 2, height / 2
+    start_x = x + right + margin - matrix[0] * x - matrix[1] * y
+    start_y = y + below + margin - matrix[2] * x - matrix[3] * y
+    return wide.transform(
+        (width, height),
+        Image.Transform.AFFINE,
+        (matrix[0], matrix[1], start_x, matrix[2], matrix[3], start_y),
+        Image.Resampling.BILINEAR,
+    )

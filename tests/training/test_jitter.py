@@ -1,0 +1,54 @@
+"""Pictures that are read are changed a little, in their own way at every showing; what is drawn is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from unialignment.training.config import TransformerConfig
+from unialignment.training.jitter import jitter
+from unialignment.training.samples import open_data
+
+Make = Callable[..., TransformerConfig]
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3), (48, 80, 3)])
+def test_a_picture_keeps_its_shape_and_most_of_its_look(shape: tuple[int, int, int], nano) -> None:
+    picture = np.full(shape, (82, 168, 78), np.uint8)
+    picture[10:30, 8:28] = (204, 52, 52)
+    for seed in range(20):
+        changed = jitter(picture, 1.0, np.random.default_rng(seed))
+        assert changed.shape == shape and changed.dtype == np.uint8
+        # The patch's middle is still red, and a far corner still green: places and colours stay true.
+        patch, corner = changed[18:22, 16:20].mean((0, 1)), changed[-6:, -6:].mean((0, 1))
+        assert patch[0] > patch[1] + 40 and corner[1] > corner[0] + 30
+
+
+def test_strength_nothing_changes_nothing_and_a_generator_decides() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert np.abs(jitter(picture, 0.0, np.random.default_rng(1)).astype(int) - picture).max() <= 1
+    first, again, other = (jitter(picture, 1.0, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_only_what_is_read_in_training_is_changed(tiny: Make, pack) -> None:
+    plain, moved = open_data(tiny()), open_data(tiny("world.jitter=1"))
+    for task in ("caption", "answer"):
+        one, two = plain.sample(task, 5), moved.sample(task, 5)
+        assert not np.array_equal(one.sources[0], two.sources[0])
+        assert np.array_equal(two.sources[0], moved.sample(task, 5).sources[0])
+        assert one.target_text == two.target_text
+    for task in ("generate", "edit"):
+        assert np.array_equal(plain.sample(task, 5).target_image, moved.sample(task, 5).target_image)
+    held = [open_data(tiny(setting), split="held_out") for setting in ("world.jitter=1", "world.jitter=0")]
+    assert np.array_equal(*(data.sample("caption", 5).sources[0] for data in held))
+
+
+def test_features_of_a_changed_picture_are_not_taken_for_the_scenes(tiny: Make, pack) -> None:
+    data = open_data(tiny("world.jitter=1"), pool=4)
+    first, later = data.sample("caption", 1), data.sample("caption", 5)
+    assert first.meta["scene"] == later.meta["scene"]
+    keys = {first.meta["pictures"], later.meta["pictures"], data.sample("generate", 1).meta["pictures"]}
+    assert len(keys) == 3
