@@ -90,6 +90,24 @@ def test_resuming_with_another_model_is_refused(tiny_autoencoder: Make, silent, 
     assert trainer.resumed_at is None and trainer.progress.step == 2
 
 
+def test_a_decoder_alone_is_trained_and_latents_stay_what_they_were(
+    tiny_autoencoder: Make, tmp_path: Path, silent, pack
+) -> None:
+    first = AutoencoderTrainer(tiny_autoencoder(f"run.dir={tmp_path / 'first'}"), silent).train()
+    config = tiny_autoencoder(f"initial={first}", "decoder_only=true")
+    again = AutoencoderTrainer(config, silent).train()
+    old, new = load_autoencoder(first), load_autoencoder(again)
+    pictures = to_tensor(next(iter(AutoencoderTrainer(config, silent).validation.values())), torch.device("cpu"))
+    latents = old.encode(pictures)
+    assert torch.equal(latents, new.encode(pictures))
+    assert not torch.equal(old.decode(latents), new.decode(latents))
+
+
+def test_a_decoder_alone_needs_an_autoencoder_to_start_from(tiny_autoencoder: Make, silent, pack) -> None:
+    with pytest.raises(ConfigError, match="initial="):
+        AutoencoderTrainer(tiny_autoencoder("decoder_only=true"), silent)
+
+
 def test_pictures_survive_the_tensor_round_trip() -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     assert np.array_equal(to_pictures(to_tensor(pictures, torch.device("cpu"), channels_last=True)), pictures)

@@ -157,9 +157,16 @@ class AutoencoderTrainer:
         seed_everything(config.run.seed)
         if config.initial is not None:
             self.model = load_autoencoder(config.initial)
-            # The statistics belong to the weights they were measured on; they are measured anew at the end.
-            self.model.latent_mean.zero_()
-            self.model.latent_std.fill_(1.0)
+            if config.decoder_only:
+                self.model.autoencoder.encoder.requires_grad_(False)
+            else:
+                # The statistics belong to the weights they were measured on; they are measured anew at the end.
+                self.model.latent_mean.zero_()
+                self.model.latent_std.fill_(1.0)
+        elif config.decoder_only:
+            raise ConfigError(
+                "decoder_only=true trains the decoder of an autoencoder that exists: name its folder by initial=..."
+            )
         else:
             try:
                 self.model = WorldAutoencoder(**config.model)
@@ -219,7 +226,7 @@ class AutoencoderTrainer:
             return False
         tensors, state = self.store.load(latest)
         now, then = self.config.model_dump(mode="json"), state.get("config", {})
-        for section in ("model", "world", "mix", "batch_size"):
+        for section in ("model", "world", "mix", "batch_size", "decoder_only"):
             if section in then and now[section] != then[section]:
                 raise ConfigError(
                     f"{self.folder} holds a run with another {section!r} setting. Use a new run.dir, or run.fresh=true "
@@ -395,8 +402,9 @@ class AutoencoderTrainer:
         self.model.eval()
         scores = self.validate(log)
         self.model.eval()
-        with torch.compiler.set_stance("force_eager"):
-            self.model.calibrate(self._sample_batches(max(1, 2048 // self.config.batch_size)))
+        if not self.config.decoder_only:
+            with torch.compiler.set_stance("force_eager"):
+                self.model.calibrate(self._sample_batches(max(1, 2048 // self.config.batch_size)))
         self.model.to(memory_format=torch.contiguous_format)
         folder = self.folder / "autoencoder"
         self.model.save_pretrained(folder)

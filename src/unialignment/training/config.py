@@ -228,6 +228,9 @@ class AutoencoderConfig(Section):
     validation_minutes: float = Field(4.0, gt=0)
     log_every: int = Field(20, ge=1, description="Steps between log lines.")
     initial: Path | None = Field(None, description="Weights folder to start from.")
+    decoder_only: bool = Field(
+        False, description="Train the decoder of `initial` alone: its latents, and so its transformers, stay valid."
+    )
 
 
 class TransformerModelSection(Section):
