@@ -160,10 +160,8 @@ class Parallel:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        # A block's outputs are parts of one tensor. The warning is about adding to them in place, which nothing here does.
-        warnings.filterwarnings(
-            "ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning
-        )
+        # A block's outputs are parts of one tensor. The warning is about adding to them in place, which nothing does.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
         mesh = init_device_mesh(self.device.type, (self.processes,))
         frozen = {parameter for parameter in objective.parameters() if not parameter.requires_grad}
         # Blocks travel in the type that they compute in; gradients are summed in float32. Activations keep the types
