@@ -1,16 +1,20 @@
 """Many clients at once against a server that this script starts: throughput, latency, and whether results are right.
 
-    python benchmarks/load_test.py --clients 32 --seconds 120 --threads 2 --out benchmarks/load_test
+    python benchmarks/load_test.py --clients 32 --seconds 120 --threads 2 --required-ratio 1.5 --out out/load_test
 
-Three phases with the same mixture of tasks over HTTP:
+Two servers with the same model and settings, of which one computes one request after the other (``max_active`` 1), and
+the same mixture of all tasks over HTTP:
 
-1. *alone*: every distinct request once, by one client. These results are the twins that all later ones must equal.
-2. *batched*: N clients against the same server, as it is started normally.
-3. *one at a time*: the same N clients against a server that computes one request after the other.
+1. *alone*: every distinct request once, by one client, on both servers. These results are the twins that all later ones
+   must equal, on either server; both are warm after it.
+2. *one at a time*: N clients against the second server, for half of its time before the next and for half after;
+3. *batched*: N clients against the first.
 
 A result equals its twin when texts are the same, pixels differ by at most 1/255, and vectors by at most 1e-4. Only 429
-(try again later) may go wrong besides. Writes ``OUT.json`` and ``OUT.md``; exits with 1 when something differed or
-failed, or with ``--required-ratio`` when batching gained too little.
+(try again later; waiting for that counts as latency) may go wrong besides. Clients choose at random, each by a seed of
+its own, and send the next request when the last is answered, so slow tasks don't get scarcer under load; what is under
+way when the time is over is waited for, and that time counts. Writes ``OUT.json`` and ``OUT.md``; exits with 1 when
+something differed or failed, or with ``--required-ratio`` when batching gained too little.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ class Case:
     path: str
     body: bytes
     content_type: str
-    read: Callable[[dict[str, Any]], Any] = field(repr=False)
+    read: Callable[[bytes], Any] = field(repr=False)
 
 
 @dataclass
@@ -100,23 +104,48 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def read_picture(answer: dict[str, Any]) -> np.ndarray:
+def read_picture(answer: bytes) -> np.ndarray:
     """Float pixels 0-1 of the first picture."""
-    data = base64.b64decode(answer["data"][0]["b64_json"])
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32) / 255
+    return pixels(json.loads(answer)["data"][0]["b64_json"])
 
 
-def read_text(answer: dict[str, Any]) -> str:
+def pixels(encoded: str) -> np.ndarray:
+    """Float 0-1 of a picture in base64."""
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        return np.asarray(image.convert("RGB"), np.float32) / 255
+
+
+def events(answer: bytes) -> list[dict[str, Any]]:
+    """Data of server-sent events; one that reports an error is raised."""
+    lines = [line.removeprefix("data: ") for line in answer.decode().splitlines() if line.startswith("data: ")]
+    found = [json.loads(line) for line in lines if line != "[DONE]"]
+    for event in found:
+        if "error" in event:
+            raise ValueError(f"the stream ended with {event['error']['message']}")
+    return found
+
+
+def read_streamed_picture(answer: bytes) -> np.ndarray:
+    """The picture that a stream ends with."""
+    return pixels(next(event["b64_json"] for event in events(answer) if event["type"].endswith(".completed")))
+
+
+def read_text(answer: bytes) -> str:
     """The first choice."""
-    return str(answer["choices"][0]["message"]["content"])
+    return str(json.loads(answer)["choices"][0]["message"]["content"])
 
 
-def read_vectors(answer: dict[str, Any]) -> np.ndarray:
+def read_streamed_text(answer: bytes) -> str:
+    """What the deltas add up to."""
+    return "".join(choice["delta"].get("content") or "" for event in events(answer) for choice in event["choices"])
+
+
+def read_vectors(answer: bytes) -> np.ndarray:
     """All vectors."""
-    return np.asarray([entry["embedding"] for entry in answer["data"]], np.float32)
+    return np.asarray([entry["embedding"] for entry in json.loads(answer)["data"]], np.float32)
 
 
-def as_json(task: str, path: str, read: Callable[[dict[str, Any]], Any], /, **body: Any) -> Case:
+def as_json(task: str, path: str, read: Callable[[bytes], Any], /, **body: Any) -> Case:
     """A request with a JSON body."""
     return Case(task, path, json.dumps(body).encode(), "application/json", read)
 
@@ -140,29 +169,37 @@ def as_form(task: str, pictures: list[bytes], /, **fields: Any) -> Case:
 
 
 def cases(model: str, seeds: int) -> list[Case]:
-    """The mixture: drawing, reading and perceiving about equally often."""
+    """The mixture: every task, streams among them, at settings of its own."""
     sources = [png(scene((200, 40, 40), (40, 80, 220))), png(scene((40, 160, 60), (240, 220, 60)))]
     urls = ["data:image/png;base64," + base64.b64encode(data).decode() for data in sources]
 
-    def chat(task: str, url: str, text: str) -> Case:
+    def chat(task: str, url: str, text: str, stream: bool = False) -> Case:
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
         message = {"role": "user", "content": content}
-        return as_json(task, "/v1/chat/completions", read_text, model=model, task=task, messages=[message], seed=0)
+        read = read_streamed_text if stream else read_text
+        fields = {"model": model, "task": task, "messages": [message], "seed": 0, "stream": stream}
+        return as_json(task, "/v1/chat/completions", read, **fields)
+
+    def draw(prompt: str, seed: int, read: Callable[[bytes], Any] = read_picture, **fields: Any) -> Case:
+        return as_json("generate", "/v1/images/generations", read, model=model, prompt=prompt, seed=seed, **fields)
 
     found: list[Case] = []
     for seed in range(seeds):
         prompt, url, source = PROMPTS[seed % len(PROMPTS)], urls[seed % 2], sources[seed % 2]
         found += [
-            as_json("generate", "/v1/images/generations", read_picture, model=model, prompt=prompt, seed=seed),
+            draw(prompt, seed, read_streamed_picture, stream=True, partial_images=2)
+            if seed % 2
+            else draw(prompt, seed),
             # Fewer steps and no guidance: requests that differ in all of this share batches.
-            as_json("generate", "/v1/images/generations", read_picture, model=model, prompt=prompt, seed=seed,
-                    num_inference_steps=8 + seed, guidance_scale=1.0),
+            draw(prompt, seed, num_inference_steps=8 + seed, guidance_scale=1.0),
             as_form("edit", [source], model=model, prompt="make the background green", seed=seed),
             as_form("compose", sources, model=model, seed=seed,
                     prompt="put the subject of image 1 to the left of the subject of image 2"),
             as_form("perceive", [source], model=model, prompt="depth", kind="depth", seed=seed),
-            chat("caption", url, "describe the picture"),
+            as_form("control", [source], model=model, task="control", prompt=prompt, seed=seed),
+            chat("caption", url, "describe the picture", stream=bool(seed % 2)),
             chat("answer", url, ("what color is the background?", "what is in the picture?")[seed // 2 % 2]),
+            chat("infill", url, "a large flat ___ in the center, on a ___ background"),
             as_json("embed", "/v1/embeddings", read_vectors, model=model, input=[prompt, "a dog"]),
         ]  # fmt: skip
     return found
@@ -189,8 +226,8 @@ class Client:
         self.port = port
         self.connection: http.client.HTTPConnection | None = None
 
-    def send(self, case: Case) -> tuple[int, dict[str, Any], float]:
-        """Status, answer, and the seconds to wait before trying again if it was refused."""
+    def send(self, case: Case) -> tuple[int, bytes, float]:
+        """Status, body, and the seconds to wait before trying again if it was refused."""
         if self.connection is None:
             self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
         try:
@@ -203,7 +240,7 @@ class Client:
         wait = float(response.headers.get("Retry-After") or 1)
         if response.headers.get("Connection", "").lower() == "close":
             self.close()
-        return response.status, json.loads(data), wait
+        return response.status, data, wait
 
     def close(self) -> None:
         """Hang up."""
@@ -229,7 +266,7 @@ def work(port: int, mixture: list[Case], twins: list[Any], until: float, seed: i
             seconds = time.monotonic() - started
             if status != 200:
                 with tally.lock:
-                    tally.errors[f"{case.task}: {status} {answer.get('error', {}).get('message', '')[:120]}"] += 1
+                    tally.errors[f"{case.task}: {status} {answer[:160].decode('utf-8', 'replace')}"] += 1
                 continue
             distance = differs(twins[index], case.read(answer))
         except Exception as error:
@@ -242,6 +279,18 @@ def work(port: int, mixture: list[Case], twins: list[Any], until: float, seed: i
             if distance > 1:
                 tally.differing[case.task] += 1
     client.close()
+
+
+def one_by_one(port: int, mixture: list[Case]) -> tuple[list[Any], float]:
+    """Results of all requests, each sent when the last was answered, and the seconds that this took."""
+    client, results, started = Client(port), [], time.monotonic()
+    for case in mixture:
+        status, answer, _ = client.send(case)
+        if status != 200:
+            raise SystemExit(f"{case.task} alone failed with {status}: {answer[:500]!r}")
+        results.append(case.read(answer))
+    client.close()
+    return results, time.monotonic() - started
 
 
 def load(port: int, mixture: list[Case], twins: list[Any], clients: int, seconds: float) -> Tally:
@@ -257,6 +306,19 @@ def load(port: int, mixture: list[Case], twins: list[Any], clients: int, seconds
         thread.join()
     tally.seconds = time.monotonic() - started
     return tally
+
+
+def joined(one: Tally, other: Tally) -> Tally:
+    """Two phases as one."""
+    both = Tally(one.seconds + other.seconds, refused=one.refused + other.refused)
+    for tally in (one, other):
+        both.errors.update(tally.errors)
+        both.differing.update(tally.differing)
+        for task, values in tally.latencies.items():
+            both.latencies.setdefault(task, []).extend(values)
+        for task, value in tally.worst.items():
+            both.worst[task] = max(both.worst.get(task, 0.0), value)
+    return both
 
 
 # -------------------------------------------------------------------------------------------------------------- server
@@ -378,7 +440,7 @@ def summary(tally: Tally) -> dict[str, Any]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    one, many, facts = report["one_at_a_time"], report["batched"], report["facts"]
+    one, many, facts, alone = (report[name] for name in ("one_at_a_time", "batched", "facts", "one_client"))
     rows = [
         "# Load test",
         "",
@@ -392,7 +454,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"| answers | {one['answers']} in {one['seconds']:.0f} s | {many['answers']} in {many['seconds']:.0f} s |",
         f"| answers per second | {one['answers_per_second']:.2f} | **{many['answers_per_second']:.2f}** |",
     ]
-    for q in ("p50", "p99"):
+    for q in ("p50", "p90", "p99"):
         a, b = one["latency_seconds"].get(q, 0), many["latency_seconds"].get(q, 0)
         rows.append(f"| latency {q} | {a:.2f} s | {b:.2f} s |")
     rows += [
@@ -400,7 +462,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"| other errors | {sum(one['errors'].values())} | {sum(many['errors'].values())} |",
         f"| results unlike their twin | {sum(one['differing'].values())} | {sum(many['differing'].values())} |",
         "",
-        f"Batching serves **{report['ratio'] or 0:.2f} ×** as many requests (0: nothing was answered to compare with).",
+        f"Batching serves **{report['ratio'] or 0:.2f} ×** as many requests (0: nothing was answered to compare with). "
+        f"Answers per second one at a time, before and after: {', '.join(map(str, report['before_and_after']))}; "
+        f"of one client alone: {alone['answers'] / alone['seconds']:.2f}.",
         "",
         "| task | answers | p50 | p99 | largest difference / allowed |",
         "|---|---:|---:|---:|---:|",
@@ -423,9 +487,9 @@ def main() -> int:
     parser.add_argument("--model", default="nano")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=120.0, help="length of the batched phase")
-    parser.add_argument("--baseline-seconds", type=float, help="of the other one (default: a third)")
+    parser.add_argument("--baseline-seconds", type=float, help="of the other ones together (default: a third)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch threads")
-    parser.add_argument("--seeds", type=int, default=4, help="distinct requests: 8 for each seed")
+    parser.add_argument("--seeds", type=int, default=4, help="distinct requests: 10 for each seed")
     parser.add_argument("--required-ratio", type=float, default=0.0, help="least gain of batching")
     parser.add_argument("--out", type=Path, default=Path("out/load_test"), help="files to write, without ending")
     parser.add_argument("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
@@ -435,24 +499,24 @@ def main() -> int:
         serve(args)
         return 0
     mixture = cases(args.model, args.seeds)
-    twins: list[Any] = []
-    with Server(args, None) as server:
-        client = Client(server.port)
-        for case in mixture:
-            status, answer, _ = client.send(case)
-            if status != 200:
-                raise SystemExit(f"{case.task} alone failed with {status}: {answer}")
-            twins.append(case.read(answer))
-        client.close()
+    half = (args.baseline_seconds or args.seconds / 3) / 2
+    with Server(args, None) as server, Server(args, 1) as single:
+        twins, alone = one_by_one(server.port, mixture)
+        others, _ = one_by_one(single.port, mixture)
+        unlike = [
+            case.task for case, twin, other in zip(mixture, twins, others, strict=True) if differs(twin, other) > 1
+        ]
+        print(f"alone: {len(mixture)} requests in {alone:.1f} s", flush=True)
+        first = load(single.port, mixture, twins, args.clients, half)
+        print(f"one at a time: {first.throughput:.2f} answers/s", flush=True)
         before, counted = server.memory(), server.counters()
-        print(f"alone: {len(mixture)} requests", flush=True)
         many = load(server.port, mixture, twins, args.clients, args.seconds)
         after = server.memory()
         rows, passes = (now - then for now, then in zip(server.counters(), counted, strict=True))
         print(f"batched: {many.throughput:.2f} answers/s", flush=True)
-    with Server(args, 1) as server:
-        one = load(server.port, mixture, twins, args.clients, args.baseline_seconds or args.seconds / 3)
-        print(f"one at a time: {one.throughput:.2f} answers/s", flush=True)
+        second = load(single.port, mixture, twins, args.clients, half)
+        print(f"one at a time: {second.throughput:.2f} answers/s", flush=True)
+    one = joined(first, second)
     report = {
         "command": "python benchmarks/load_test.py " + " ".join(sys.argv[1:]),
         "facts": {
@@ -465,6 +529,8 @@ def main() -> int:
         "ratio": round(many.throughput / one.throughput, 3) if one.throughput else None,
         "rows_per_pass": round(rows / passes, 2) if passes else None,
         "memory_bytes": [before, after],
+        "one_client": {"answers": len(mixture), "seconds": round(alone, 2), "servers_differ": unlike},
+        "before_and_after": [round(first.throughput, 3), round(second.throughput, 3)],
         "one_at_a_time": summary(one),
         "batched": summary(many),
     }
@@ -472,7 +538,7 @@ def main() -> int:
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     args.out.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     print(markdown(report))
-    wrong = sum(sum(tally.errors.values()) + sum(tally.differing.values()) for tally in (one, many))
+    wrong = len(unlike) + sum(sum(tally.errors.values()) + sum(tally.differing.values()) for tally in (one, many))
     return int(wrong > 0 or (report["ratio"] or 0.0) < args.required_ratio)
 
 

@@ -173,6 +173,8 @@ def test_urls_and_paths_are_never_opened(server: BackgroundServer, url: str, mon
 
     monkeypatch.setattr("urllib.request.urlopen", never)
     monkeypatch.setattr("unialignment.images._read", never)
+    part = {"type": "image_url", "image_url": {"url": url}}
+    assert refused(post(server, EMBED, {"input": [part]}), 400)["param"] == "input"
     error = refused(post(server, CHAT, talk(url)), 400)
     assert error["param"] == "messages"
     assert "root:" not in error["message"]

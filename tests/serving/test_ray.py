@@ -1,4 +1,4 @@
-"""Two replicas on this machine, one killed under load: every accepted request is answered, with the right result."""
+"""Two replicas on this machine: one killed under load, then both replaced; every accepted request is answered."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +32,14 @@ WAIT = 300.0
 """Seconds; machines that run tests may be busy."""
 
 
+def arguments(folder: Path, **more: Any) -> Any:
+    from unialignment.serving.ray_app import RayArguments
+
+    return RayArguments(
+        model=str(folder), replicas=2, cpus=0.1, threads=1, web=False, health_seconds=1, drain_seconds=60, **more
+    )
+
+
 @pytest.fixture(scope="module")
 def cluster(tiny_folder) -> Iterator[int]:
     """The application with a tiny model, two replicas; its port."""
@@ -38,11 +48,8 @@ def cluster(tiny_folder) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    args = ray_app.RayArguments(
-        model=str(tiny_folder), replicas=2, cpus=0.1, threads=1, web=False, health_seconds=1, drain_seconds=1
-    )
     try:
-        ray_app.start(args, "127.0.0.1", port, blocking=False)
+        ray_app.start(arguments(tiny_folder), "127.0.0.1", port, blocking=False)
         yield port
     finally:
         ray_app.stop()
@@ -107,3 +114,32 @@ def test_one_of_two_replicas_is_killed_under_load(cluster: int, tiny_pipeline) -
     assert min(before) not in after
     assert len(after) == 2
     assert draw(cluster, 1)[0] == 200
+
+
+def test_a_changed_application_is_rolled_out_under_load(cluster: int, tiny_folder) -> None:
+    from unialignment.serving import ray_app
+
+    before = pids(2)
+    answers: list[int] = []
+    over = threading.Event()
+
+    def work(seed: int) -> None:
+        while not over.is_set():
+            answers.append(draw(cluster, seed)[0])
+
+    clients = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        # The same command again with another limit, as `serve deploy` would with a changed file.
+        ray_app.start(arguments(tiny_folder, engine={"max_steps": 50}), "127.0.0.1", cluster, blocking=False)
+        count, until = len(answers), time.monotonic() + WAIT
+        while len(answers) < count + 8 and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        over.set()
+        for client in clients:
+            client.join(WAIT)
+    assert len(answers) >= 8
+    assert set(answers) == {200}
+    assert not before & pids(2), "all replicas were replaced"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
+import socket
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -33,7 +37,7 @@ from unialignment.serving.requests import (  # noqa: E402
     TextSoFar,
 )
 from unialignment.serving.settings import ServerSettings  # noqa: E402
-from unialignment.serving.web import context, gallery, mount, widgets  # noqa: E402
+from unialignment.serving.web import context, gallery, mount, uploads, widgets  # noqa: E402
 
 
 class Scripted:
@@ -259,3 +263,136 @@ def test_handlers_are_not_an_open_api(pages) -> None:
     described = pages[0].get("/ui/gradio_api/info").json()
     assert described["named_endpoints"] == {}
     assert json.dumps(described).count("/draw") == 0
+
+
+# ------------------------------------------------------------------------------------------------- limits on what comes
+
+
+def lay(path: Path, size: int, age: float) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x" * size)
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_the_oldest_uploads_make_room(tmp_path: Path) -> None:
+    old, middle, new = (lay(tmp_path / f"hash{age}" / "a.png", 100, age) for age in (300, 200, 100))
+    unfinished = lay(tmp_path / "tmpabc", 100, 250)
+    known = {str(old), str(middle), str(new), str(tmp_path / "gone" / "a.png")}
+    assert uploads.make_room(tmp_path, known, 400) == 0
+    assert uploads.make_room(tmp_path, known, 399) == 1
+    assert not old.parent.exists()
+    assert str(old) not in known
+    assert uploads.make_room(tmp_path, known, 10**9, most_files=1) == 2
+    assert not unfinished.exists()
+    assert not middle.exists()
+    assert new.exists()
+
+
+def test_uploads_that_broke_off_are_removed(tmp_path: Path) -> None:
+    broken, going_on = lay(tmp_path / "tmpabc", 1, 2 * uploads.BROKEN_SECONDS), lay(tmp_path / "tmpdef", 1, 1)
+    uploads.make_room(tmp_path, set(), 10**9)
+    assert not broken.exists()
+    assert going_on.exists()
+
+
+def test_only_uploads_make_room(tmp_path: Path) -> None:
+    shown = lay(tmp_path / "hash" / "thumbnail.png", 100, 50)  # the page's own
+    uploads.make_room(tmp_path, set(), 1)
+    assert shown.exists()
+
+
+@pytest.fixture(scope="module")
+def small(tiny_pipeline) -> Iterator[str]:
+    """Host and port of a server with a page and small limits."""
+    from unialignment.serving.app import create_app
+    from unialignment.serving.server import BackgroundServer
+
+    limits = {"max_body_bytes": 20_000, "max_upload_bytes": 50_000, "upload_timeout": 1.0}
+    with (
+        Engine(tiny_pipeline) as engine,
+        BackgroundServer(create_app(engine, ServerSettings(port=0, **limits))) as running,
+    ):
+        yield running.url.removeprefix("http://")
+
+
+HEAD = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\nContent-Type: image/png\r\n\r\n'
+
+
+def upload(address: str, *contents: bytes) -> tuple[int, bytes]:
+    parts = [HEAD % b"a.png" + content + b"\r\n" for content in contents]
+    connection = http.client.HTTPConnection(address, timeout=60)
+    try:
+        kind = {"Content-Type": "multipart/form-data; boundary=edge"}
+        connection.request("POST", "/ui/gradio_api/upload", b"".join(parts) + b"--edge--\r\n", kind)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_one_upload_is_limited_as_a_whole(small: str) -> None:
+    assert upload(small, b"a" * 15_000)[0] == 200
+    status, body = upload(small, *(b"%d" % number * 5_000 for number in range(5)))
+    assert status == 413  # each file alone would do
+    assert b"larger than the limit" in body
+
+
+def test_all_uploads_together_are_limited(small: str) -> None:
+    paths = []
+    for number in range(5):
+        status, body = upload(small, bytes([number]) * 15_000)
+        assert status == 200
+        paths.append(Path(json.loads(body)[0]))
+    # Room is made once more after the answer.
+    until = time.monotonic() + 60
+    while sum(path.stat().st_size for path in paths if path.exists()) > 50_000:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    kept = [path.exists() for path in paths]
+    assert kept[-1]
+    assert not kept[0]
+
+
+@pytest.mark.parametrize(("rest", "expected"), [(b"", b" 408 "), (b"4000\r\n" + b"x" * 0x4000 + b"\r\n", b" 413 ")])
+def test_an_upload_of_unknown_length_is_limited(small: str, rest: bytes, expected: bytes) -> None:
+    host, port = small.split(":")
+    head = HEAD % b"a.png"
+    with socket.create_connection((host, int(port)), timeout=60) as raw:
+        raw.sendall(
+            b"POST /ui/gradio_api/upload HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+            b"Content-Type: multipart/form-data; boundary=edge\r\n\r\n%x\r\n%s\r\n" % (len(head), head)
+        )
+        raw.sendall(rest * 2)  # and no end
+        assert expected in raw.recv(100)
+
+
+def test_sketches_are_limited(pages) -> None:
+    client = pages[0]
+    config = client.get("/ui/config").json()
+    canvas = next(item["id"] for item in config["components"] if item["type"] in ("sketchpad", "imageeditor"))
+
+    def send(content: bytes = b"x", **facts: str) -> int:
+        data = {"fn_name": "accept_blobs", "session_hash": "s", "component_id": str(canvas), **facts}
+        return client.post(
+            "/ui/gradio_api/component_server", data=data, files={"file": ("blob", content, "image/png")}
+        ).status_code
+
+    assert send(type="composite", index="null", id="one") == 200
+    assert send(type="layer", index="0", id="one") == 200
+    assert send(type="layer", index=str(10**9), id="two") == 400  # gradio would make a list as long
+    assert send(type="layer", index="-1", id="two") == 400
+    assert send(b"x" * (uploads.MAX_SKETCH + 1), type="composite", index="null", id="two") == 400
+    assert send(index="0") == 400
+    body = {"fn_name": "accept_blobs", "session_hash": "s", "component_id": canvas, "data": [1]}
+    assert client.post("/ui/gradio_api/component_server", json=body).status_code == 400
+
+
+def test_sketches_that_nobody_uses_are_forgotten() -> None:
+    canvas = gr.Sketchpad()
+    uploads.bounded_sketches(canvas)
+    for number in range(uploads.MAX_SKETCHES + 10):
+        facts = {"type": "composite", "index": "null", "id": str(number)}
+        canvas.accept_blobs(type("Data", (), {"data": facts, "files": [("a", b"x")]}))
+    assert len(canvas.blob_storage) == uploads.MAX_SKETCHES
+    assert str(uploads.MAX_SKETCHES + 9) in canvas.blob_storage

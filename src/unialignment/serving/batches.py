@@ -138,14 +138,14 @@ class Batcher:
         self._joined = {}
 
     def _chunks(self, members: list[tuple[int, int]]) -> list[list[int]]:
-        """Row numbers that share a pass, from ``(condition length, row)``: of similar length, ``max_rows`` at most."""
+        """Row numbers that share a pass, from ``(condition length, row)``: of similar length, ``max_rows`` at most.
+
+        The same rows give the same passes, so that joined conditions can be kept between steps.
+        """
         chunks: list[list[int]] = []
         longest = 0
-        # By length only as far as it matters: else in order, so that joined conditions can be kept between steps.
-        small = max(length for length, _ in members) - min(length for length, _ in members) <= SLACK
-        for length, row in members if small else sorted(members, reverse=True):
-            fits = chunks and len(chunks[-1]) < self.max_rows
-            if fits and (small or longest - length <= max(SLACK, longest // 2)):
+        for length, row in sorted(members, key=lambda member: (-member[0], member[1])):
+            if chunks and len(chunks[-1]) < self.max_rows and longest - length <= max(SLACK, longest // 2):
                 chunks[-1].append(row)
             else:
                 chunks.append([row])

@@ -65,6 +65,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
+_PASSES = 4
+"""Full passes of a round: among more requests more are of a kind, share a pass, and begin and end together."""
 _DECODERS = 2
 """Threads that may decode pictures at once: each may hold a large picture several times over."""
 
@@ -245,7 +247,7 @@ class Engine:
                 return
             if isinstance(waiting.plan, Plan):
                 rows = self._scheduler.rows(waiting.target)
-                if rows and rows + waiting.plan.rows > self.max_rows:
+                if rows and rows + waiting.plan.rows > _PASSES * self.max_rows:
                     blocked.add(waiting.target)
                     continue
                 job: Job | EmbedJob = Job(self.pipe, waiting.handle, waiting.plan)

@@ -1,6 +1,7 @@
 """What every request passes before any route sees it: key, content type, size, and time limits.
 
-Pure ASGI, so that bodies and streams are counted as they flow. Knows nothing of what routes do.
+Bodies are limited on every route, the page's too; keys and content types under ``/v1`` only, as the page has a login of
+its own. Pure ASGI, so that bodies and streams are counted as they flow. Knows nothing of what routes do.
 """
 
 from __future__ import annotations
@@ -46,12 +47,15 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http" or not scope["path"].startswith(PREFIX):
+        has_body = scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        if scope["type"] != "http" or not (has_body or scope["path"].startswith(PREFIX)):
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         request_id = f"req_{secrets.token_hex(12)}"
-        state = _Exchange(self, receive, send, request_id, scope["method"] in ("POST", "PUT", "PATCH"))
+        limits = self.settings
+        patience = limits.body_timeout if scope["path"].startswith(PREFIX) else limits.upload_timeout
+        state = _Exchange(self, receive, send, request_id, has_body, patience)
         try:
             self._check(scope, headers)
         except APIError as error:
@@ -64,6 +68,12 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         settings = self.settings
+        length = headers.get("content-length", "")
+        too_large = length.isdigit() and int(length[:20]) > settings.max_body_bytes
+        if not scope["path"].startswith(PREFIX):
+            if too_large:
+                raise self.too_large()
+            return
         if settings.api_keys:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not is_key(key.strip(), settings.api_keys):
@@ -78,8 +88,7 @@ class Guard:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != wanted:
             raise APIError(415, f"expected content of type {wanted}, got {kind or 'none'}", "unsupported_media_type")
-        length = headers.get("content-length", "")
-        if length.isdigit() and int(length[:20]) > settings.max_body_bytes:
+        if too_large:
             raise self.too_large()
 
     def too_large(self) -> APIError:
@@ -117,12 +126,15 @@ class Refusal(HTTPException):
 class _Exchange:
     """Receiving and sending of one request, within the limits."""
 
-    def __init__(self, guard: Guard, receive: Receive, send: Send, request_id: str, has_body: bool) -> None:
+    def __init__(
+        self, guard: Guard, receive: Receive, send: Send, request_id: str, has_body: bool, patience: float
+    ) -> None:
         self.guard, self._receive, self._send, self.request_id = guard, receive, send, request_id
         self.received = 0
         self._has_body = has_body
         self._complete = False
-        self._deadline = asyncio.get_running_loop().time() + guard.settings.body_timeout
+        self._patience = patience
+        self._deadline = asyncio.get_running_loop().time() + patience
 
     async def receive(self) -> Message:
         """The next piece of the body, or the news that the client has gone."""
@@ -132,8 +144,7 @@ class _Exchange:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
-            seconds = self.guard.settings.body_timeout
-            message_ = f"the request's body didn't arrive within {seconds:g} s"
+            message_ = f"the request's body didn't arrive within {self._patience:g} s"
             raise Refusal(APIError(408, message_, "body_timeout")) from None
         if message["type"] == "http.request":
             size = len(message.get("body", b""))

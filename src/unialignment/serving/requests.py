@@ -173,8 +173,8 @@ class EngineSettings:
     Attributes:
         max_queue: Requests that wait; further ones are refused with :class:`QueueFullError`.
         max_active: Requests computed at once.
-        max_rows: Rows (samples × guidance branches) of one forward pass; ``None``: 16 on CPUs, where more gain
-            nothing with nano, and 64 elsewhere.
+        max_rows: Rows (samples × guidance branches) of one forward pass; up to four passes make a round. ``None``: 16
+            on CPUs, where more gain nothing with nano, and 64 elsewhere.
         memory_bytes: What condition caches and activations of all active requests together may take; ``None``: a
             quarter of what is free when the engine starts.
         timeout: Seconds that a request without a deadline of its own may take, waiting included; ``None``: for ever.

@@ -129,10 +129,12 @@ class Service:
                 raise RequestCancelledError("the client closed the connection")
             return list(results.result())
         finally:
-            for task in (results, gone):
-                task.cancel()
             for handle in handles:
                 handle.cancel()  # without effect on what is done
+            for task in (results, gone):
+                task.cancel()
+            # Their ends are taken note of, or the event loop would report them as forgotten.
+            await asyncio.gather(results, gone, return_exceptions=True)
 
     def stream(self, events: AsyncIterator[tuple[str | None, Mapping[str, Any]]], end: bool) -> StreamingResponse:
         """Server-sent events, with a comment now and then while there is no news.

@@ -18,14 +18,16 @@ class ServerSettings:
         port: TCP port; 0 takes a free one.
         api_keys: Keys of which every request under ``/v1`` must carry one; none: no key is asked for.
         aliases: Further names under which the model is found, for applications whose model name can't be changed.
-        max_body_bytes: Largest request body.
+        max_body_bytes: Largest request body, an upload to the page included.
         max_held_bytes: Bodies of all requests being handled, together.
+        max_upload_bytes: Files uploaded to the page that are kept, together; beyond, the oldest are removed.
         max_images: Most pictures in one request.
         max_n: Most results of one request.
         max_prompt_characters: Longest text.
         max_output_pixels: Largest width × height of a picture that is enlarged to the size asked for.
         header_timeout: Seconds in which a connection's first request must have begun and its headers arrived.
         body_timeout: Seconds in which a request's body must have arrived.
+        upload_timeout: The same for what is sent to the page, from phones among others.
         send_timeout: Seconds without reading after which a client's connection is dropped.
         ping_seconds: A stream without news is kept alive by a comment this often.
         max_connections: Connections at once; further ones are answered 503.
@@ -41,12 +43,14 @@ class ServerSettings:
     aliases: tuple[str, ...] = ()
     max_body_bytes: int = 32 * 2**20
     max_held_bytes: int = 256 * 2**20
+    max_upload_bytes: int = 2**30
     max_images: int = 16
     max_n: int = 8
     max_prompt_characters: int = 8_000
     max_output_pixels: int = 2048 * 2048
     header_timeout: float = 20.0
     body_timeout: float = 30.0
+    upload_timeout: float = 120.0
     send_timeout: float = 60.0
     ping_seconds: float = 15.0
     max_connections: int = 512

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from unialignment.serving.web.environment import UPLOADS
 from unialignment.serving.web.page import PATH, build, mount
 
-__all__ = ["PATH", "build", "mount"]
+__all__ = ["PATH", "UPLOADS", "build", "mount"]

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-# Before gradio is imported, which reads it then: no request leaves this machine.
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-if not os.environ.get("GRADIO_TEMP_DIR"):
-    # A folder of our own: gradio's is one for all servers of a machine, and the first to stop takes the others' files.
-    _UPLOADS = tempfile.TemporaryDirectory(prefix="unialign-uploads-")
-    os.environ["GRADIO_TEMP_DIR"] = _UPLOADS.name
 
 import gradio as gr
 from fastapi import FastAPI
@@ -24,7 +16,9 @@ from unialignment.serving.guard import is_key
 from unialignment.serving.settings import ServerSettings
 from unialignment.serving.web import control, create, edit, perceive, understand
 from unialignment.serving.web.context import PageContext
+from unialignment.serving.web.environment import UPLOADS
 from unialignment.serving.web.gallery import build_gallery
+from unialignment.serving.web.uploads import UploadRoom, make_room
 from unialignment.serving.web.widgets import Tab
 
 PATH = "/ui"
@@ -58,6 +52,10 @@ def mount(app: FastAPI, engine: Any, settings: ServerSettings) -> None:
     blocks = build(ctx)
     # Requests wait in the engine's queue, which batches them; gradio's must not hold them back one by one.
     blocks.queue(default_concurrency_limit=None, max_size=4 * settings.engine.max_queue)
+
+    most = max(settings.max_upload_bytes, settings.max_body_bytes)  # else a single upload would not outlive its request
+    room = functools.partial(make_room, UPLOADS, blocks.upload_file_set, most)
+    app.add_middleware(UploadRoom, path=f"{PATH}/gradio_api/upload", room=room)
 
     @app.get("/", include_in_schema=False)
     def page(request: Request) -> RedirectResponse:

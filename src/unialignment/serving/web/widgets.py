@@ -19,6 +19,7 @@ import gradio as gr
 from unialignment.errors import InputError, UniAlignmentError
 from unialignment.serving.requests import TaskRequest
 from unialignment.serving.web.context import MAX_PREVIEWS, PageContext, follow, new_seed
+from unialignment.serving.web.uploads import bounded_sketches
 
 _Component = TypeVar("_Component", bound=gr.components.Component)
 MAX_STEPS = 100
@@ -206,6 +207,7 @@ def sketch_panel(
                 buttons=[],
             )
         )
+        bounded_sketches(canvas)
         button = gr.Button("Use the sketch", size="sm")
         button.click(use, [canvas, *inputs], target, show_progress="hidden", api_visibility="private")
 
