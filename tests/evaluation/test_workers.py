@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,3 +39,38 @@ def test_what_is_wrong_with_a_model_is_said_by_any_number_of_processes() -> None
     for workers in (1, 2):
         with pytest.raises(InputError, match="no model of that name"):
             list(run_parts(_no_model, ["caption", "answer"], Settings(limit=1), workers))
+
+
+_PARENT = """
+import functools, sys, time
+from pathlib import Path
+from unialignment.evaluation.workers import run_parts
+
+def build():
+    return (None, None, None)
+
+def wait(pipe, stream, judge, name, settings, folder):
+    import os
+    Path(folder, name).write_text(str(os.getpid()))
+    time.sleep(300)
+
+if __name__ == "__main__":
+    list(run_parts(build, ["caption", "answer"], None, 2, functools.partial(wait, folder=sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+def test_killed_with_sigkill_it_leaves_no_process_behind(tmp_path: Path) -> None:
+    script, folder = tmp_path / "parent.py", tmp_path / "pids"
+    script.write_text(_PARENT)
+    folder.mkdir()
+    parent = subprocess.Popen([sys.executable, str(script), str(folder)])
+    deadline = time.monotonic() + 240
+    while len(pids := [int(text) for path in folder.iterdir() if (text := path.read_text())]) < 2:
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -16,7 +16,13 @@ STEPS = ("generate", "judge", "report")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what benchmarks over files take besides the arguments of ``unialign eval``."""
+    """Declare what runs in folders, and benchmarks over files, take besides the arguments of ``unialign eval``."""
+    group = parser.add_argument_group("runs that are kept in a folder (--out DIR)")
+    group.add_argument("--step", action="append", choices=STEPS, help="only this step; several may be given")
+    group.add_argument(
+        "--compare", action="append", default=[], type=Path, metavar="DIR", help="another run in the same report"
+    )
+    group.add_argument("--accept-versions", action="store_true", help="go on with records of other package versions")
     group = parser.add_argument_group("benchmarks over files (all but semgen-world)")
     group.add_argument("data", nargs="?", metavar="PATH", help="the benchmark's folder, zip file or hub id")
     group.add_argument(
@@ -25,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="[LABEL=]openai:MODEL[@URL] or [LABEL=]local:FOLDER; several may be given",
     )
-    group.add_argument("--step", action="append", choices=STEPS, help="only this step; several may be given")
     group.add_argument("--turns", choices=("one", "three"), default="one", help="how edit_multi is told (default: one)")
     group.add_argument("--protocol", choices=("corrected", "published"), default="corrected", help="how it is judged")
     group.add_argument("--prompts", type=Path, metavar="DIR", help="judge prompts in place of the packaged ones")
@@ -36,10 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration", type=int, default=8, metavar="N", help="pictures for testing each judge; 0: none (default: 8)"
     )
-    group.add_argument(
-        "--compare", action="append", default=[], type=Path, metavar="DIR", help="another run in the same report"
-    )
-    group.add_argument("--accept-versions", action="store_true", help="go on with records of other package versions")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.benchmark} needs its files: unialign eval {args.benchmark} PATH --out DIR")
     if args.out is None:
         raise InputError(f"{args.benchmark} needs a folder for its records: --out DIR")
-    folders = [folder.resolve() for folder in (args.out, *args.compare)]
-    if len(set(folders)) < len(folders):
-        raise InputError("--compare needs runs other than --out, each named once")
+    check_compared(args)
     if args.benchmark in registry.READING:
         return _read(args)
     steps = tuple(args.step or STEPS)
@@ -132,7 +131,7 @@ def _read(args: argparse.Namespace) -> int:
             summary = reading.summarise(args.out, benchmark, args.limit)
             with atomic_file(args.out / "table.tex") as file:
                 file.write(reading.latex(summary).encode())
-            with _held(args.compare):
+            with held(args.compare):
                 page = reading_report.write_html(args.out, args.compare, benchmark, args.limit)
             print(json.dumps(summary, indent=2) if args.json else f"{reading.table(summary)}\n\n{page}")
     return 0
@@ -153,7 +152,7 @@ def _report(args: argparse.Namespace, benchmark: Any) -> int:
         raise InputError(f"the judges in {args.out} followed different protocols; use one folder for each")
     summary["calibration"] = {path.parent.name: calibration.verdict(path.parent) for path in found}
     path = harness.save_summary(args.out, summary)
-    with _held(args.compare):
+    with held(args.compare):
         runs = report.read_runs([args.out, *args.compare])
         page = report.write_html(args.out / "report.html", runs, benchmark, args.limit)
     with atomic_file(args.out / "table.tex") as file:
@@ -162,8 +161,19 @@ def _report(args: argparse.Namespace, benchmark: Any) -> int:
     return 0
 
 
+def check_compared(args: argparse.Namespace) -> None:
+    """Refuse runs that are named twice.
+
+    Raises:
+        InputError: One is.
+    """
+    folders = [folder.resolve() for folder in (args.out, *args.compare)]
+    if len(set(folders)) < len(folders):
+        raise InputError("--compare needs runs other than --out, each named once")
+
+
 @contextlib.contextmanager
-def _held(folders: Sequence[Path]) -> Iterator[None]:
+def held(folders: Sequence[Path]) -> Iterator[None]:
     """Hold other runs: reading records repairs them, which must not happen under a run of its own."""
     from unialignment.evaluation.records import run_lock
 

@@ -15,7 +15,7 @@ from PIL import Image
 from unialignment.data.sample import Sample
 from unialignment.evaluation.contestants import ModelContestant
 from unialignment.evaluation.judge import Output
-from unialignment.evaluation.results import BY_KIND, METRICS, Metric, Results
+from unialignment.evaluation.results import BY_KIND, METRICS, Metric, Results, number
 from unialignment.evaluation.sheet import Panel, Row, contact_sheet
 
 RESULTS_FILE, SHEET_FILE, CARD_FILE = "evaluation.json", "samples.png", "card.md"
@@ -24,15 +24,9 @@ RESULTS_FILE, SHEET_FILE, CARD_FILE = "evaluation.json", "samples.png", "card.md
 SHEET_TASKS = ("generate", "caption", "answer", "edit", "perceive", "control", "compose")
 
 
-def _number(value: float, metric: Metric) -> str:
-    if metric.unit == "share":
-        return f"{100 * value:.1f} %"
-    return f"{value:.1f} dB" if metric.unit == "dB" else f"{value:.2f}"
-
-
 def _reference(tables: dict[str, dict[str, float]], key: str, metric: Metric) -> str:
     found = [(name, table[key]) for name, table in tables.items() if key in table]
-    return ", ".join(f"{_number(value, metric)} ({name})" for name, value in found) or "–"
+    return ", ".join(f"{number(value, metric)} ({name})" for name, value in found) or "–"
 
 
 def metric_table(results: Results) -> str:
@@ -46,8 +40,8 @@ def metric_table(results: Results) -> str:
             continue
         item = results.metrics[key]
         lines.append(
-            f"| {metric.task} | {metric.title} (`{key}`) | **{_number(item.value, metric)}** "
-            f"| {_number(item.low, metric)} – {_number(item.high, metric)} | {_reference(results.floors, key, metric)} "
+            f"| {metric.task} | {metric.title} (`{key}`) | **{number(item.value, metric)}** "
+            f"| {number(item.low, metric)} – {number(item.high, metric)} | {_reference(results.floors, key, metric)} "
             f"| {_reference(results.ceilings, key, metric)} | {item.count} |"
         )
     return "\n".join(lines)
@@ -61,10 +55,10 @@ def kind_table(results: Results) -> str:
     ]
     share = METRICS["vqa.accuracy"]
     for kind, item in sorted(results.by_kind.items()):
-        interval = f"{_number(item.low, share)} – {_number(item.high, share)}"
+        interval = f"{number(item.low, share)} – {number(item.high, share)}"
         key = f"{BY_KIND}.{kind}"
         low, high = _reference(results.floors, key, share), _reference(results.ceilings, key, share)
-        lines.append(f"| {kind} | {_number(item.value, share)} | {interval} | {low} | {high} | {item.count} |")
+        lines.append(f"| {kind} | {number(item.value, share)} | {interval} | {low} | {high} | {item.count} |")
     return "\n".join(lines)
 
 

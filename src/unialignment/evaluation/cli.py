@@ -6,7 +6,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from unialignment.errors import InputError
 from unialignment.evaluation import bench_cli
 
 if TYPE_CHECKING:
+    from unialignment.evaluation.results import Results
+    from unialignment.evaluation.world import Part, Settings
     from unialignment.world.layout import Split
 
 BENCHMARKS = (
@@ -47,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--best-of", type=int, metavar="N", help="generate and edit: draw N, keep the model's own choice"
     )
     parser.add_argument("--no-references", action="store_true", help="leave out ceilings and floors")
-    parser.add_argument("--out", type=Path, help="write the JSON here too; semgen-bench: folder of the run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="folder of the run; semgen-world: or a .json file for the figures alone",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench_cli.add_arguments(parser)
 
@@ -80,17 +87,19 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.benchmark != "semgen-world":
         return bench_cli.run(args)
+    from unialignment.evaluation.card import kind_table, metric_table
+    from unialignment.evaluation.workers import cores
+    from unialignment.evaluation.world import GROUPS, PARTS, Settings
+
     if args.limit is None:
         args.limit = WORLD_LIMIT
-    from unialignment.evaluation.card import kind_table, metric_table
-    from unialignment.evaluation.workers import cores, run_parts
-    from unialignment.evaluation.world import GROUPS, PARTS, Settings, combine
-
     tasks = PARTS if args.tasks is None else tuple(name.strip() for name in args.tasks.split(","))
     tasks = tuple(part for name in tasks for part in (GROUPS if name == "semgen" else (name,)))
     if unknown := [name for name in tasks if name not in PARTS]:
         known = ", ".join((*PARTS, "semgen"))
         raise InputError(f"unknown task {', '.join(map(repr, unknown))}; expected some of {known}")
+    if args.data is not None or args.judge:
+        raise InputError("semgen-world takes neither files nor judges: its scenes are drawn, the parser judges them")
     if args.workers is None:
         args.workers = min(2, cores()) if args.device in (None, "cpu") and not _accelerated() else 1
     for name in ("limit", "batch_size", "workers"):
@@ -103,30 +112,133 @@ def run(args: argparse.Namespace) -> int:
         samplers=_settings(args.steps, args.guidance_scale, args.best_of),
         references=not args.no_references,
     )
-    build = functools.partial(_contest, args.model, args.device, args.preset, args.split, args.seed)
-    parts = []
-    for part in run_parts(build, [name for name in PARTS if name in tasks], settings, args.workers):
-        print(f"{part.name}: {part.seconds:.1f} s", file=sys.stderr, flush=True)
-        parts.append(part)
-    results = combine(parts, _world(args.preset, args.split, args.seed)[1], settings, args.model)
-    if args.out is not None:
-        results.save(args.out)
+    names = _possible(args, [name for name in PARTS if name in tasks], settings)
+    if args.out is not None and args.out.suffix != ".json":
+        results, page = _run_folder(args, names, settings)
+    else:
+        results, page = _run_once(args, names, settings), None
+    if results is None:
+        return 0
     if args.json:
         print(json.dumps(results.to_json(), indent=2))
     else:
         print(metric_table(results))
         if results.by_kind:
             print("\n" + kind_table(results))
+        if page is not None:
+            print(f"\n{page}")
     return 0
 
 
-def _contest(model: str, device: str | None, preset_name: str, split: Split, seed: int) -> tuple[Any, Any, Any]:
+def _parts(args: argparse.Namespace, names: list[str], settings: Settings, run: Any) -> Iterator[Part]:
+    from unialignment.evaluation.workers import run_parts
+
+    build = functools.partial(_contest, args.model, args.device, args.preset, args.split, args.seed, _shared(settings))
+    for part in run_parts(build, names, settings, args.workers, run):
+        if part is not None:
+            print(f"{part.name}: {part.seconds:.1f} s", file=sys.stderr, flush=True)
+            yield part
+
+
+def _run_once(args: argparse.Namespace, names: list[str], settings: Settings) -> Results:
+    """Figures alone: nothing else is kept."""
+    from unialignment.evaluation.world import combine, run_part
+
+    if args.step or args.compare:
+        raise InputError("--step and --compare need the folder of a run: --out DIR")
+    parts = list(_parts(args, names, settings, run_part))
+    results = combine(parts, _world(args.preset, args.split, args.seed)[1], settings, args.model)
+    if args.out is not None:
+        results.save(args.out)
+    return results
+
+
+def _run_folder(args: argparse.Namespace, names: list[str], settings: Settings) -> tuple[Results | None, Path | None]:
+    """A run with everything on disk, in steps; returns results and page, if the report is among them."""
+    from unialignment.evaluation import models, world_report, world_run
+    from unialignment.evaluation.guests import PREFIXES
+    from unialignment.evaluation.records import run_lock
+    from unialignment.evaluation.world import PARTS, combine
+    from unialignment.storage import atomic_file
+
+    steps = tuple(args.step or bench_cli.STEPS)
+    bench_cli.check_compared(args)
+    stream = _world(args.preset, args.split, args.seed)[1]
+    with run_lock(args.out):
+        if set(steps) - {"report"}:
+            if args.model.startswith(PREFIXES):
+                identity = _built(args.model, args.device, _shared(settings)).identity()
+            else:
+                identity = {"kind": "unialignment", "fingerprint": models.fingerprint(args.model)}
+            world_run.begin(args.out, stream, identity, settings, args.accept_versions)
+            for _ in _parts(
+                args, names, settings, functools.partial(world_run.run_recorded, folder=args.out, steps=steps)
+            ):
+                pass
+        if "report" not in steps:
+            return None, None
+        parts = [part for name in PARTS if (part := world_run.read_part(args.out, name)) is not None]
+        if not parts:
+            raise InputError(f"nothing is judged in {args.out}; run the generate and judge steps first")
+        results = combine(parts, stream, settings, args.model)
+        results.save(args.out / "results.json")
+        with bench_cli.held(args.compare):
+            runs = world_report.read_runs([args.out, *args.compare])
+            page = world_report.write_html(args.out / "report.html", runs, stream)
+        with atomic_file(args.out / "table.tex") as file:
+            file.write(world_report.latex(runs).encode())
+    return results, page
+
+
+def _shared(settings: Settings) -> tuple[tuple[str, Any], ...]:
+    """Sampler settings that hold for every task."""
+    return tuple(sorted(settings.samplers.get("perceive", {}).items()))
+
+
+@functools.cache  # loading may take long
+def _built(model: str, device: str | None, options: tuple[tuple[str, Any], ...]) -> Any:
+    from unialignment.evaluation import models
+
+    return models.build(model, device, dict(options))
+
+
+def _possible(args: argparse.Namespace, names: list[str], settings: Settings) -> list[str]:
+    """The parts that the model can take part in.
+
+    Raises:
+        InputError: Others are asked for by name.
+    """
+    from unialignment.evaluation.guests import PREFIXES, Guest
+
+    if not args.model.startswith(PREFIXES):
+        return names
+    guest = Guest(_built(args.model, args.device, _shared(settings)))
+    found = [name for name in names if name in guest.parts]
+    if not found or (args.tasks is not None and found != names):
+        known = ", ".join(guest.parts)
+        raise InputError(f"{args.model} can take part in {known} alone; give some of these with --tasks")
+    return found
+
+
+def _contest(
+    model: str,
+    device: str | None,
+    preset_name: str,
+    split: Split,
+    seed: int,
+    options: tuple[tuple[str, Any], ...] = (),
+) -> tuple[Any, Any, Any]:
     """Pipeline, stream and judge; a function of plain values, for processes that are started for it."""
     import unialignment
+    from unialignment.evaluation.guests import PREFIXES, Guest
     from unialignment.evaluation.judge import Judge
 
     pack, stream = _world(preset_name, split, seed)
-    return unialignment.load(model, device=device), stream, Judge(pack, stream.preset)
+    if model.startswith(PREFIXES):
+        pipe: Any = Guest(_built(model, device, options), stream.preset.resolution)
+    else:
+        pipe = unialignment.load(model, device=device)
+    return pipe, stream, Judge(pack, stream.preset)
 
 
 def _accelerated() -> bool:

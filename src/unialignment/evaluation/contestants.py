@@ -47,20 +47,25 @@ class ModelContestant:
 
     def outputs(self, samples: Sequence[Sample], seed: int) -> list[Output | None]:
         """See :class:`Contestant`."""
+        self.shortened += sum(self.read(sample) != sample.prompt for sample in samples)
+        return list(self.produce(samples, [seed + index for index in range(len(samples))]))
+
+    def read(self, sample: Sample) -> str:
+        """What the model is given of a prompt: all of it, unless it is too long."""
+        return readable(self.pipe, sample.prompt) if sample.task in ("generate", "edit") else sample.prompt
+
+    def produce(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Output]:
+        """One output per item, each sampled with a seed of its own."""
         if not samples:
             return []
         task = samples[0].task
         sources = [list(sample.sources) for sample in samples]
-        prompts = [sample.prompt for sample in samples]
-        if task in ("generate", "edit"):
-            prompts = [readable(self.pipe, text) for text in prompts]
-            self.shortened += sum(given != sample.prompt for given, sample in zip(prompts, samples))
         result = self.pipe.run(
             task,
-            [prompt or None for prompt in prompts],
+            [self.read(sample) or None for sample in samples],
             sources if any(sources) else None,
             kind=None,
-            seed=[seed + index for index in range(len(samples))],
+            seed=list(seeds),
             batch_size=self.batch_size,
             progress=False,
             **self.settings.get(task, {}),

@@ -24,6 +24,17 @@ from unialignment.images import load_image
 from unialignment.model.folders import file_checksum, resolve_model
 
 
+def fingerprint(name: str) -> str:
+    """Checksum of the files that decide what a model of this package makes.
+
+    Raises:
+        CheckpointError: There is no such model.
+    """
+    folder = resolve_model(name)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in {".json", ".safetensors"})
+    return digest(*(f"{path.relative_to(folder)}:{file_checksum(path)}" for path in files))[:16]
+
+
 class PipelineModel:
     """A model of this package.
 
@@ -39,10 +50,7 @@ class PipelineModel:
         import unialignment
 
         self.name, self.options = name, options or {}
-        folder = resolve_model(name)
-        files = sorted(path for path in folder.rglob("*") if path.suffix in {".json", ".safetensors"})
-        parts = [f"{path.relative_to(folder)}:{file_checksum(path)}" for path in files]
-        self.fingerprint = digest(*parts)[:16]
+        self.fingerprint = fingerprint(name)
         self.pipe = unialignment.load(name, device=device)
 
     def identity(self) -> dict[str, Any]:

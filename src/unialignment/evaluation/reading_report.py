@@ -85,9 +85,9 @@ def _gallery(found: Mapping[str, Scored], benchmark: ReadingBenchmark, groups: S
         scores[label] = {name: value for name, value in values if np.isfinite(value)}
     items = {item.id: item for run in found.values() for item in run.items}
     chosen: set[str] = set()
-    for run in scores.values():
+    for own in scores.values():
         for group in dict.fromkeys(item.group for item in items.values()):
-            chosen |= set(page.extremes([name for name, item in items.items() if item.group == group], run))
+            chosen |= set(page.extremes([name for name, item in items.items() if item.group == group], own))
     cards = []
     for name, item in items.items():
         if name not in chosen:
@@ -103,7 +103,7 @@ def _gallery(found: Mapping[str, Scored], benchmark: ReadingBenchmark, groups: S
             else:
                 told = "no answer" if given is None else " / ".join(map(str, given))
                 figures.append(page.statement(f"{label}: {value}", _short(told)))
-        mine = [run[name] for run in scores.values() if name in run]
+        mine = [own[name] for own in scores.values() if name in own]
         text = _short(" / ".join(item.texts)) or "(a description)"
         cards.append(page.Card(name, item.group, text, sum(mine) / len(mine), figures))
     caption = f"The {page.GALLERY // 2} worst and best of each group and run, by {next(iter(benchmark.statistics))}."

@@ -106,7 +106,12 @@ def write_html(path: Path, runs: Sequence[Run], benchmark: Benchmark, limit: int
     title = f"{_title(main)} by group"
     parts += [f"<h2>{html.escape(title)}</h2>", _radar(runs, benchmark.groups)]
     parts.append(page.bars(_series(runs, benchmark.groups), benchmark.groups, scale(runs), title))
-    parts += [_agreement(runs), "<h2>Items</h2>", _gallery(runs, select(benchmark.items, limit), benchmark.groups)]
+    parts += [
+        _agreement(runs),
+        _calibration(runs),
+        "<h2>Items</h2>",
+        _gallery(runs, select(benchmark.items, limit), benchmark.groups),
+    ]
     return page.write(path, benchmark.name, parts)
 
 
@@ -194,6 +199,22 @@ def _agreement(runs: Sequence[Run]) -> str:
                 f"<p>{html.escape(run.label)}: agreement of judges (Krippendorff's alpha, interval): {text}.</p>"
             )
     return "".join(lines)
+
+
+def _calibration(runs: Sequence[Run]) -> str:
+    """How well each judge tells right pictures from faulty ones, fault by fault."""
+    rows = []
+    for run in runs:
+        for judge, tested in run.summary.get("calibration", {}).items():
+            for fault in tested.get("faults", ()):
+                what = (run.label, judge, fault["kind"], fault["fault"], fault["aspect"])
+                values = ("–" if fault[key] is None else f"{fault[key]:.2f}" for key in ("auc", "right", "faulty"))
+                rows.append([*map(html.escape, what), *values, str(fault["n"])])
+    if not rows:
+        return ""
+    head = ("model", "judge", "kind", "fault", "aspect", "AUC", "right", "faulty", "n")
+    caption = "AUC: how often the right picture scores higher than the faulty one, ties counting half; means of both."
+    return "<h2>Calibration of judges</h2>" + page.table(head, rows, caption)
 
 
 def _gallery(runs: Sequence[Run], items: Sequence[Item], groups: Sequence[str]) -> str:

@@ -106,6 +106,13 @@ METRICS |= {
 """Every scalar metric, in the order of the tables."""
 
 
+def number(value: float, metric: Metric) -> str:
+    """A figure as it is printed, in the metric's unit."""
+    if metric.unit == "share":
+        return f"{100 * value:.1f} %"
+    return f"{value:.1f} dB" if metric.unit == "dB" else f"{value:.2f}"
+
+
 @dataclass(frozen=True)
 class Results:
     """One evaluation of one model.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
@@ -18,10 +19,15 @@ from unialignment.evaluation.world import Part, Settings, run_part
 Build = Callable[[], tuple[Any, Any, Any]]
 """Makes pipeline, stream and judge; called once in every process, so it must be picklable."""
 
+Run = Callable[..., Part | None]
+"""Called with pipeline, stream, judge, name and settings; picklable too."""
+
 _build: Build | None = None
 
 
-def run_parts(build: Build, names: Sequence[str], settings: Settings, workers: int) -> Iterator[Part]:
+def run_parts(
+    build: Build, names: Sequence[str], settings: Settings, workers: int, run: Run = run_part
+) -> Iterator[Part | None]:
     """Parts as they are done.
 
     Args:
@@ -29,11 +35,12 @@ def run_parts(build: Build, names: Sequence[str], settings: Settings, workers: i
         names: Which parts.
         settings: How.
         workers: Number of processes; 1: this one.
+        run: What is done with each.
     """
     if workers == 1:
         pipe, stream, judge = build()
         for name in names:
-            yield run_part(pipe, stream, judge, name, settings)
+            yield run(pipe, stream, judge, name, settings)
         return
     threads = max(1, cores() // workers)
     context = multiprocessing.get_context("spawn")
@@ -41,7 +48,7 @@ def run_parts(build: Build, names: Sequence[str], settings: Settings, workers: i
         # The longest ones first, so that no process is left with one at the end.
         order = sorted(names, key=lambda name: _LENGTHS.get(name, 1.0), reverse=True)
         try:
-            for future in as_completed([pool.submit(_run, name, settings) for name in order]):
+            for future in as_completed([pool.submit(_run, run, name, settings) for name in order]):
                 yield future.result()
         finally:  # after a failure nothing more is begun
             pool.shutdown(wait=False, cancel_futures=True)
@@ -68,10 +75,19 @@ def _start(build: Build, threads: int) -> None:
     global _build
     import torch
 
+    threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _build = functools.cache(build)
 
 
-def _run(name: str, settings: Settings) -> Part:
+def _follow_parent() -> None:
+    """End with the process that started this one: after its SIGKILL nobody else may write to a run's folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run(run: Run, name: str, settings: Settings) -> Part | None:
     assert _build is not None
-    return run_part(*_build(), name, settings)
+    return run(*_build(), name, settings)

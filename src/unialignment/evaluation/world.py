@@ -104,19 +104,24 @@ def turn_scores(judge: Judge, contestant: Contestant, samples: Sequence[Sample],
         samples: Items of ``edit_multi``.
         seed: Turn ``k`` of item ``i`` is sampled with seed ``seed + 1000 k + i``.
     """
-    told = [semgen_world.turns(item) for item in samples]
     same = [semgen_world.untouched(judge, item) for item in samples]
-    pictures: list[Any] = [item.sources[0] for item in samples]
     rows: list[dict[str, float]] = [{} for _ in samples]
-    for turn in range(len(told[0])):
-        asked = [replace(items[turn], sources=(now,)) for items, now in zip(told, pictures)]
-        pictures = list(contestant.outputs(asked, seed + 1000 * turn))
+    for turn, pictures in enumerate(turn_pictures(contestant, samples, seed), 1):
         for row, now, item, where in zip(rows, pictures, samples, same):
-            assert item.target_image is not None
-            row[f"drift.psnr_{turn + 1}"] = psnr(now, item.sources[0], where)
+            row[f"drift.psnr_{turn}"] = psnr(now, item.sources[0], where)
     for row, now, item in zip(rows, pictures, samples):
         row["semgen.edit_multi_turns"] = semgen_world.marks(judge, item, now).o
     return rows
+
+
+def turn_pictures(contestant: Contestant, samples: Sequence[Sample], seed: int) -> list[list[Any]]:
+    """What ``contestant`` makes of the samples, turn by turn; see :func:`turn_scores`."""
+    told = [semgen_world.turns(item) for item in samples]
+    pictures: list[list[Any]] = [[item.sources[0] for item in samples]]
+    for turn in range(len(told[0])):
+        asked = [replace(items[turn], sources=(now,)) for items, now in zip(told, pictures[-1])]
+        pictures.append(list(contestant.outputs(asked, seed + 1000 * turn)))
+    return pictures[1:]
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ class Part:
         marks: The model (``""``), ceiling or floor, to its overall mark of each item, for the four groups.
         seconds: Time spent on the model's own outputs and their judging.
         shortened: Prompts that were cut for the model.
+        scores: The model's scores of each item, without what does not apply.
     """
 
     name: str
@@ -161,9 +167,34 @@ class Part:
     marks: dict[str, list[float]]
     seconds: float
     shortened: int = 0
+    scores: tuple[dict[str, float], ...] = ()
 
 
-def run_part(pipe: Any, stream: WorldStream, judge: Judge, name: str, settings: Settings) -> Part:
+def part_samples(stream: WorldStream, name: str, limit: int) -> list[Sample]:
+    """The items of a part; of retrieval none."""
+    if name in TASKS:
+        return held_out_samples(stream, name, limit)
+    group = "edit_multi" if name == "turns" else name
+    return [semgen_world.group_sample(stream, group, index) for index in range(limit)] if group in GROUPS else []
+
+
+def draw_part(stream: WorldStream, name: str, settings: Settings, model: Contestant) -> None:
+    """Let a model make its outputs for a part, to be judged another time."""
+    if samples := part_samples(stream, name, settings.limit):
+        if name == "turns":
+            turn_pictures(model, samples, settings.seed)
+        else:
+            model.outputs(samples, settings.seed)
+
+
+def run_part(
+    pipe: Any,
+    stream: WorldStream,
+    judge: Judge,
+    name: str,
+    settings: Settings,
+    model: ModelContestant | None = None,
+) -> Part:
     """Evaluate one part; it depends on nothing but its arguments.
 
     Args:
@@ -172,6 +203,7 @@ def run_part(pipe: Any, stream: WorldStream, judge: Judge, name: str, settings: 
         judge: The judge of the same preset.
         name: One of :data:`PARTS`.
         settings: How.
+        model: Who is judged, unless it is the pipeline as it is.
 
     Raises:
         InputError: Unknown part.
@@ -185,12 +217,8 @@ def run_part(pipe: Any, stream: WorldStream, judge: Judge, name: str, settings: 
         ideal, blind = dict.fromkeys(found, 1.0), {"retrieval.r1": 1 / count, "retrieval.r5": min(1.0, 5 / count)}
         references = {"truth": ideal, "random": blind} if settings.references else {}
         return Part(name, found, {}, references, {}, time.perf_counter() - start)
-    group = "edit_multi" if name == "turns" else name
-    if name in TASKS:
-        samples = held_out_samples(stream, name, settings.limit)
-    else:
-        samples = [semgen_world.group_sample(stream, group, index) for index in range(settings.limit)]
-    model = ModelContestant(pipe, settings.batch_size, settings.samplers)
+    samples = part_samples(stream, name, settings.limit)
+    model = model or ModelContestant(pipe, settings.batch_size, settings.samplers)
 
     def judged(who: Contestant) -> list[tuple[Sample, dict[str, float]]]:
         if name == "turns":
@@ -216,13 +244,16 @@ def run_part(pipe: Any, stream: WorldStream, judge: Judge, name: str, settings: 
         {who: [row[key] for _, row in rows] for who, rows in marks.items() if rows} if name in GROUPS else {},
         seconds,
         model.shortened,
+        tuple({key: float(value) for key, value in row.items() if not np.isnan(value)} for _, row in own),
     )
 
 
 def _references(pipe: Any, name: str) -> dict[str, Contestant]:
     if name == "turns":  # what another item's result, or the autoencoder, does in turns says nothing new
         return {"truth": Truth(), "copy": CopySource()}
-    ceilings: dict[str, Contestant] = {"truth": Truth(), "reconstruction": Reconstruction(pipe)}
+    ceilings: dict[str, Contestant] = {"truth": Truth()}
+    if hasattr(pipe, "autoencoder"):  # other people's models have one of their own, or none
+        ceilings["reconstruction"] = Reconstruction(pipe)
     return {**ceilings, "copy": CopySource(), "random": RandomOther(), "commonest": Commonest()}
 
 
