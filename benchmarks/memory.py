@@ -1,16 +1,21 @@
 """Peak memory of captioning and editing, beside the naive path, all measured in one run on a random model.
 
 The naive path is as the published pipeline does it: float32, conditions encoded anew at every step, guidance in a
-doubled batch, both heads computed and logits at every position. Ours is what the pipeline runs (prefix mode): bfloat16,
-conditions encoded once, the target's head alone, logits where words are missing; all pictures at once as well. Beside
-it stand the same in float32, what ``max_memory`` does in any case (no room in caches for targets), and that with one
-picture at a time. Each is measured in a process of its own, in two ways:
+doubled batch, both heads computed and logits at every position. Ours is what the pipeline runs, all pictures at once as
+well: the target's head alone, logits where words are missing, and
+
+* published weights (joint mode): one guidance branch after the other, in bfloat16 and in the naive path's float32;
+* models trained here (prefix mode): conditions encoded once and kept, which takes memory for speed; in bfloat16 and
+  float32, as under ``max_memory`` (no room in caches for targets), and that with one picture at a time.
+
+Each is measured in a process of its own, in two ways:
 
 * ``tensors``: every tensor alive at once, weights included; scratch memory inside an operator isn't seen;
 * ``process``: the most that the process ever held, less what it held before the model was made.
 
     python benchmarks/memory.py --size 300M --json benchmarks/results/memory.json
     python benchmarks/memory.py --size 30M         a quick check
+    python benchmarks/memory.py --paths naive "ours, published" "ours, published, float32"
 """
 
 from __future__ import annotations
@@ -39,6 +44,8 @@ SIZES: dict[str, dict[str, int]] = {
 VOCABULARY, WORDS, PROMPT, CHANNELS, WIDTH = 32128, 64, 32, 16, 512
 PATHS = {
     "naive": ("joint", torch.float32, True, False),
+    "ours, published": ("joint", torch.bfloat16, True, False),
+    "ours, published, float32": ("joint", torch.float32, True, False),
     "ours": ("prefix", torch.bfloat16, True, False),
     "ours, float32": ("prefix", torch.float32, True, False),
     "ours, max_memory": ("prefix", torch.bfloat16, False, False),
@@ -157,6 +164,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--side", type=int, default=64, help="latent positions a side (64: 512 px at f8)")
     parser.add_argument("--batch", type=int, default=4, help="pictures")
     parser.add_argument("--steps", type=int, default=1, help="denoising steps; memory doesn't depend on them")
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), metavar="PATH", help="only these")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--only", nargs=2, metavar=("TASK", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -168,7 +176,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(f"{args.size} random model, {args.batch} pictures of {args.side} x {args.side} latents, {args.steps} step(s)")
     rows = []
     for task in RUNS:
-        for path in PATHS:
+        for path in args.paths:
             # A process of its own: what another path has freed may still be held.
             options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
             command = [sys.executable, __file__, *options, "--only", task, path]
@@ -176,7 +184,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             row = json.loads(done.stdout.splitlines()[-1])
             rows.append(row)
             parts = "".join(f"{name} {format_size(row[name]):>10}  " for name in ("weights", "tensors", "process"))
-            print(f"{row['task']:<9}{row['path']:<18}{parts}{row['seconds']:>7} s", flush=True)
+            print(f"{row['task']:<9}{row['path']:<26}{parts}{row['seconds']:>7} s", flush=True)
     result = {**sizes, "rows": rows}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

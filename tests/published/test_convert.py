@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,17 @@ def test_half_a_download_writes_nothing(published_builder: Callable[..., Path], 
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_parts_of_two_models_are_not_put_together(
+    published_builder: Callable[..., Path], make_text_encoder: Callable[..., None], tmp_path: Path
+) -> None:
+    source = published_builder(tmp_path / "source")
+    shutil.rmtree(source / "text_encoder")
+    make_text_encoder(source / "text_encoder", width=32)
+    with pytest.raises(CheckpointError, match="32 wide and the transformer expects 48"):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @torch.no_grad()
 def velocity(pipe: UniAlignmentPipeline) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
@@ -184,6 +196,12 @@ def test_commands(published_folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert len(json.loads(capsys.readouterr().out)["matched"]) == 24
     assert main(["merge", *arguments]) == 2
     assert "something is there already" in capsys.readouterr().err
+    (file,) = (tmp_path / "lora").iterdir()
+    strange = [f"strange{number}" for number in range(6)]
+    save_file(load_file(file) | {name: torch.zeros(1) for name in strange}, file)
+    assert main(["merge", *arguments[:2], "--out", str(tmp_path / "other")]) == 0
+    said = capsys.readouterr().out
+    assert all(f"unmatched {name}: not a LoRA weight" in said for name in strange)
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 MB", 1_500_000), ("7", 7), ("2g", 2**31)])

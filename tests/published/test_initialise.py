@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import unialignment
+from unialignment.cli import main
 from unialignment.errors import CheckpointError, InputError
 from unialignment.memory import size_of, tensors_of
+from unialignment.model.convert import convert
 from unialignment.model.initialise import _needed_names, initialise_from_sd3
+from unialignment.model.streaming import read_entries
 from unialignment.model.transformer import UniAlignmentTransformer
 from unialignment.planning import folder_memory
 
@@ -178,6 +183,32 @@ def test_a_pipeline_folder_loads_as_a_start(sd3_folder: Path, caplog: pytest.Log
     assert again.caption(Image.new("RGB", (64, 64)), seed=0, num_inference_steps=2, max_length=6).texts[0] == text
 
 
+def test_training_starts_from_it(sd3_folder: Path, repo_root: Path, tmp_path: Path, pack: object) -> None:
+    """Straight from their folder, full weights: what is new learns too, and the pooled projection is gone."""
+    from rich.console import Console
+
+    from unialignment.training.config import load_config
+    from unialignment.training.loop import Trainer
+
+    start = unialignment.load(sd3_folder, device="cpu").transformer.state_dict()
+    overrides = [
+        *(f"run.dir={tmp_path / 'run'}", "run.max_steps=2", "data.workers=0", f"model.initial={sd3_folder}"),
+        *("text.max_length=256", "loss.cross=0", "loss.intrinsic=0", "logging.tensorboard=false"),
+        *("logging.samples=false", "optimizer.warmup_steps=0", "ema.decay=0"),
+        "mixture={generate: 1, edit: 1, caption: 2, answer: 0, perceive: 0, control: 0, compose: 0, infill: 0}",
+    ]
+    config = load_config(repo_root / "configs" / "tiny.yaml", overrides)
+    trained = unialignment.load(Trainer(config, Console(quiet=True)).train(), device="cpu").transformer.state_dict()
+    last = "transformer_blocks.2."
+    for name in (
+        "text_proj_out.weight",
+        f"{last}norm1_context.linear.weight",
+        "transformer_blocks.0.attn2.to_q.weight",
+    ):
+        assert not torch.equal(trained[name], start[name]), name
+    assert set(trained) == set(start) and not any("text_embedder" in name for name in trained)
+
+
 def test_a_start_in_little_memory(sd3_folder: Path) -> None:
     expected = unialignment.load(sd3_folder, device="cpu")
     options = {"seed": 1, "num_inference_steps": 2, "progress": False}
@@ -197,10 +228,67 @@ def test_a_start_in_little_memory(sd3_folder: Path) -> None:
         unialignment.load(sd3_folder, device="cpu", quantize="8bit")
 
 
-def test_without_its_t5_it_is_refused(sd3_folder: Path) -> None:
-    shutil.rmtree(sd3_folder / "text_encoder_3")
-    with pytest.raises(CheckpointError, match="no text_encoder_3"):
-        unialignment.load(sd3_folder)
+@pytest.mark.parametrize("half", [False, True])
+def test_converting_gives_what_loading_gives(
+    sd3_folder: Path, tmp_path: Path, half: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the model in memory: only what is new is made, the rest is copied as it lies there."""
+    path = sd3_folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    if half:
+        save_file({name: value.half() for name, value in load_file(path).items()}, path, {"format": "pt"})
+    loaded = unialignment.load(sd3_folder, device="cpu")
+    assert main(["convert", str(sd3_folder), "--out", str(tmp_path / "start"), "--max-shard-size", "30KB"]) == 0
+    start = unialignment.load(tmp_path / "start", device="cpu")
+    for name in ("transformer", "text_embedder", "autoencoder"):
+        one, other = getattr(loaded, name).state_dict(), getattr(start, name).state_dict()
+        assert set(one) == set(other) and all(torch.equal(value, other[key]) for key, value in one.items()), name
+    assert (start.sampling, start.tokenizer.fingerprint) == (loaded.sampling, loaded.tokenizer.fingerprint)
+    assert start.transformer.config.dual_attention_layers == [0, 1] and start.initialisation is None
+    manifest = json.loads((tmp_path / "start" / "manifest.json").read_text())
+    report = loaded.initialisation
+    assert report is not None and (manifest["from"], manifest["to"]) == ("sd3", "unialignment")
+    for what in ("new", "extended", "folded", "dropped"):
+        assert manifest["initialisation"][what] == list(getattr(report, what))
+    kept = {entry.dtype for entry in read_entries(tmp_path / "start" / "transformer").values()}
+    assert kept == ({"F16", "F32"} if half else {"F32"})
+    options = {"seed": 0, "num_inference_steps": 1, "progress": False}
+    pictures = [pipe.generate("a red dog", **options).images[0].tobytes() for pipe in (loaded, start)]
+    assert pictures[0] == pictures[1]
+    # From there it can go on to the published layout, but not back to where it came from.
+    published = convert(tmp_path / "start", tmp_path / "published")
+    assert (
+        unialignment.load(published, device="cpu").generate("a red dog", **options).images[0].tobytes() == pictures[0]
+    )
+    assert main(["convert", str(sd3_folder), "--out", str(tmp_path / "no"), "--to", "published"]) == 2
+    assert "'unialignment' only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda at: shutil.rmtree(at / "text_encoder_3"), "no text_encoder_3"),
+        (lambda at: (at / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "no weights"),
+        (lambda at: os.truncate(at / "text_encoder_3" / "model.safetensors", 5000), "truncated"),
+        (
+            lambda at: change(at / "text_encoder_3" / "config.json", d_model=32),
+            "32 wide and the transformer expects 48",
+        ),
+        (lambda at: change(at / "transformer" / "config.json", num_layers=4), "missing"),
+    ],
+)
+def test_half_of_a_pipeline_is_neither_loaded_nor_converted(
+    sd3_folder: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(sd3_folder)
+    before = sorted(tmp_path.iterdir())
+    for use in (unialignment.load, lambda folder: convert(folder, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=message):
+            use(sd3_folder)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Model folders into other model folders: between our layout and the published one, and with a LoRA merged.
+"""Model folders into other model folders: between our layout and the published one, from Stable Diffusion 3's into ours
+as a start for training, and with a LoRA merged.
 
 Weights are streamed from file to file, so a model of any size needs next to no memory; tensors keep their type and
 every bit, so there and back gives the same weights. What only the published layout has (scheduler, tokenizer files,
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,18 +23,22 @@ from unialignment import __version__
 from unialignment.errors import CheckpointError, InputError, StorageError
 from unialignment.model.checkpoints import check_names_and_shapes, name_list, read_json
 from unialignment.model.folders import CHECKSUMS_NAME, INDEX_NAME, verify_checksums
+from unialignment.model.initialise import initial_entries, sd3_tokenizer
 from unialignment.model.layouts import folder_layout
 from unialignment.model.lora import LoraPair, LoraReport, read_lora
 from unialignment.model.published import (
     PROMPT_LENGTH,
     PUBLISHED_CLASS,
     TRAINING_ONLY,
+    check_text_encoder,
     check_transformer,
+    check_vae,
     empty_transformer,
     load_mask_embedding,
     load_t5_tokenizer,
     sampling_settings,
     scheduler_shift,
+    token_vector,
 )
 from unialignment.model.streaming import (
     Entry,
@@ -45,6 +51,8 @@ from unialignment.model.streaming import (
 )
 from unialignment.model.tokenizer import TextTokenizer
 from unialignment.storage import atomic_folder
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 DEFAULT_SHARD = "5GB"
@@ -77,6 +85,9 @@ def convert(
 ) -> Path:
     """Convert a model folder, or a folder with only a transformer, between our layout and the published one.
 
+    A Stable Diffusion 3 or 3.5 folder becomes a start for training in our layout, the same that loading it gives. What
+    is new in it is logged and in the manifest; there is no way back.
+
     Args:
         source: The folder; only read.
         destination: Folder to write; must not exist or be empty.
@@ -94,16 +105,16 @@ def convert(
     source, destination, shard = Path(source), Path(destination), parse_size(max_shard_size)
     alone = not (source / INDEX_NAME).is_file() and (source / "config.json").is_file()
     layout = _component_layout(source) if alone else folder_layout(source)
-    if layout not in LAYOUTS:
-        raise CheckpointError(
-            f"{source} has the layout of Stable Diffusion 3, which isn't a trained model here: load it, which says "
-            "what is new, and save it"
-        )
-    goal = to or LAYOUTS[1 - LAYOUTS.index(layout)]
-    if goal not in LAYOUTS or goal == layout:
-        raise InputError(f"{source} is {layout!r}; it can be converted to {LAYOUTS[1 - LAYOUTS.index(layout)]!r} only")
+    goals = [name for name in LAYOUTS if name != layout and (layout in LAYOUTS or name == "unialignment")]
+    goal = to or goals[0]
+    if goal not in goals:
+        raise InputError(f"{source} is {layout!r}; it can be converted to {goals[0]!r} only")
     verify_checksums(source)
     with _writing(source, destination) as writer:
+        if layout == "sd3":
+            facts = _start_from_sd3(source, writer, shard)
+            _manifest(writer, {"from": layout, "to": goal, "source": source.name, **facts})
+            return destination
         if alone:
             count = _transformer_to_published(source, writer, "", shard, None) if goal == "published" else (
                 _transformer_to_ours(source, writer, "", shard)
@@ -142,7 +153,9 @@ def merge_folder(
     model, shard = Path(model), parse_size(max_shard_size)
     layout = folder_layout(model)
     if layout not in LAYOUTS:
-        raise CheckpointError(f"{model} has the layout of Stable Diffusion 3; load and save it, then merge")
+        raise CheckpointError(
+            f"{model} has the layout of Stable Diffusion 3; make a model of it by `unialign convert`, then merge"
+        )
     verify_checksums(model)
     settings = check_transformer(model / "transformer")
     pairs, report = read_lora(lora, empty_transformer(settings, model))
@@ -219,13 +232,27 @@ def _to_ours(source: Path, writer: FolderWriter, shard: int) -> int:
     tokenizer = load_t5_tokenizer(source / "tokenizer")
     tokenizer.vocab_size = int(settings.get("vocab_size", 32128))
     mask = load_mask_embedding(source, width)
-    read_json(source / "text_encoder" / "config.json")
-    read_json(source / "vae" / "config.json")
+    check_text_encoder(source / "text_encoder", width)
+    check_vae(source / "vae", int(settings.get("in_channels", 16)))
     side = int(settings.get("sample_size", 64)) // int(settings.get("patch_size", 2))
     shift = scheduler_shift(source / "scheduler", side**2)
     count = _transformer_to_ours(source / "transformer", writer, "transformer", shard)
     count += _component(source / "text_encoder", writer, "text_embedder", "model", shard)
     count += _component(source / "vae", writer, "autoencoder", "diffusion_pytorch_model", shard)
+    _own_texts(writer, tokenizer, mask, shard)
+    for folder in ("scheduler", "tokenizer"):
+        for file in sorted((source / folder).iterdir()):
+            if file.is_file() and file.suffix not in (".bin", ".pth", ".pt"):
+                writer.copy(file, f"{_KEPT}/{folder}/{file.name}")
+    writer.copy(source / INDEX_NAME, f"{_KEPT}/{INDEX_NAME}")
+    place = _mask_place(source)
+    writer.json(f"{_KEPT}/mask.json", {"file": place.relative_to(source).as_posix(), "shape": _mask_shape(place)})
+    _own_index(writer, source.name, shift)
+    return count + 1
+
+
+def _own_texts(writer: FolderWriter, tokenizer: TextTokenizer, mask: torch.Tensor, shard: int) -> None:
+    """The mask token's embedding and the tokenizer."""
     metadata = {
         **{"mask_token_id": str(tokenizer.mask_token_id), "use_attention_mask": "0"},
         **{"prompt_length": str(PROMPT_LENGTH), "question_first": "1"},
@@ -234,24 +261,38 @@ def _to_ours(source: Path, writer: FolderWriter, shard: int) -> int:
     tokenizer.save_pretrained(writer.folder / "tokenizer")
     for file in sorted((writer.folder / "tokenizer").iterdir()):
         writer.remember(f"tokenizer/{file.name}")
-    for folder in ("scheduler", "tokenizer"):
-        for file in sorted((source / folder).iterdir()):
-            if file.is_file() and file.suffix not in (".bin", ".pth", ".pt"):
-                writer.copy(file, f"{_KEPT}/{folder}/{file.name}")
-    writer.copy(source / INDEX_NAME, f"{_KEPT}/{INDEX_NAME}")
-    place = _mask_place(source)
-    writer.json(f"{_KEPT}/mask.json", {"file": place.relative_to(source).as_posix(), "shape": _mask_shape(place)})
+
+
+def _own_index(writer: FolderWriter, name: str, shift: float) -> None:
     writer.json(
         INDEX_NAME,
         {
             "_class_name": "UniAlignmentPipeline",
             "_unialignment_version": __version__,
-            "name": source.name,
+            "name": name,
             "sampling": sampling_settings(shift),
-            **{name: ["unialignment", cls] for name, cls in _OWN_CLASSES.items()},
+            **{part: ["unialignment", cls] for part, cls in _OWN_CLASSES.items()},
         },
     )
-    return count + 1
+
+
+def _start_from_sd3(source: Path, writer: FolderWriter, shard: int) -> dict[str, Any]:
+    """A Stable Diffusion 3 pipeline as a start in our layout; what the manifest says of its tensors."""
+    tokenizer, transformer = sd3_tokenizer(source), source / "transformer"
+    settings, entries, report = initial_entries(transformer, vocab_size=len(tokenizer))
+    _, where = check_text_encoder(source / "text_encoder_3", int(settings.get("joint_attention_dim", 4096)))
+    check_vae(source / "vae", int(settings.get("in_channels", 16)))
+    side = int(settings["sample_size"]) // int(settings.get("patch_size", 2))
+    shift = scheduler_shift(source / "scheduler", side**2)
+    writer.tensors("transformer", "diffusion_pytorch_model", entries, shard)
+    writer.json("transformer/config.json", {"_class_name": _OWN_CLASSES["transformer"], **settings})
+    count = len(entries) + _component(source / "text_encoder_3", writer, "text_embedder", "model", shard)
+    count += _component(source / "vae", writer, "autoencoder", "diffusion_pytorch_model", shard)
+    _own_texts(writer, tokenizer, token_vector(where, tokenizer.mask_token_id), shard)
+    _own_index(writer, source.name, shift)
+    logger.warning("%s becomes a starting point, not a trained model: %s", source, report.summary())
+    made = {name: list(getattr(report, name)) for name in ("extended", "folded", "new", "dropped")}
+    return {"tensors": count + 1, "initialisation": {"copied": len(report.copied), **made}}
 
 
 def _to_published(source: Path, writer: FolderWriter, shard: int) -> int:

@@ -32,7 +32,9 @@ from unialignment.model.published import (
     read_tensors,
     tensor_shapes,
 )
+from unialignment.model.streaming import Entry, read_entries, tensor_entry
 from unialignment.model.text import T5TextEmbedder
+from unialignment.model.tokenizer import TextTokenizer
 from unialignment.model.transformer import UniAlignmentTransformer
 
 logger = logging.getLogger(__name__)
@@ -115,27 +117,48 @@ def initialise_from_sd3(
     """
     folder = Path(folder)
     settings = sd3_settings(folder, vocab_size=vocab_size, **changes)
-    model = empty_transformer(settings, folder)
-    where = find_weights(folder)
-    last = f"transformer_blocks.{model.config.num_layers - 1}."
-    needed = _needed_names(model, last, tensor_shapes(where), folder)
-    source = read_tensors({name: where[name] for name in needed}, dtype)
-    pooled = read_tensors({name: path for name, path in where.items() if name.startswith(_POOLED)}, torch.float32)
-    state = {_our_name(name): value for name, value in source.items()}
-    state[_TIME_BIAS] = (state[_TIME_BIAS].float() + _pooled_constant(pooled)).to(dtype)
-    donor = _donor(settings, seed)
-    extended = [f"{last}norm1_context.linear.{kind}" for kind in ("weight", "bias")]
-    for name in extended:
-        state[name] = _extend(state[name], donor[name.replace(last, "transformer_blocks.0.")])
-    new = sorted(set(model.state_dict()) - set(state))
-    for name in new:
-        state[name] = donor[name.replace(last, "transformer_blocks.0.")].to(dtype)
-    fill(model, state, str(folder))
-    untouched = set(state) - set(new) - set(extended) - {_TIME_BIAS}
-    report = Initialisation(
-        tuple(sorted(untouched)), tuple(extended), (_TIME_BIAS,), tuple(new), tuple(sorted(set(where) - set(needed)))
-    )
-    return model.eval(), report
+    start = _start(folder, settings, seed)
+    state = {ours: value.to(dtype) for ours, value in start.made.items()}
+    copied = read_tensors({name: start.where[name] for name in start.copied.values()}, dtype)
+    state |= {ours: copied[theirs] for ours, theirs in start.copied.items()}
+    fill(start.model, state, str(folder))
+    return start.model.eval(), start.report
+
+
+def initial_entries(
+    folder: str | Path, *, vocab_size: int = 32100, seed: int = 0
+) -> tuple[dict[str, Any], dict[str, Entry], Initialisation]:
+    """The same as :func:`initialise_from_sd3` for writing, without reading more than the few tensors that are made.
+
+    Tensors that are taken over keep their type; what is made is in float32, so that what is read back is the same.
+
+    Args:
+        folder: The transformer's.
+        vocab_size: Tokens of the new text head.
+        seed: Of the new tensors.
+
+    Returns:
+        Arguments of ``UniAlignmentTransformer``, its tensors, and what became of every tensor.
+
+    Raises:
+        CheckpointError: Something is missing, damaged or of another architecture.
+    """
+    folder = Path(folder)
+    settings = sd3_settings(folder, vocab_size=vocab_size)
+    start, theirs = _start(folder, settings, seed), read_entries(folder)
+    entries = {ours: theirs[name] for ours, name in start.copied.items()}
+    return settings, entries | {ours: tensor_entry(value) for ours, value in start.made.items()}, start.report
+
+
+def sd3_tokenizer(folder: Path) -> TextTokenizer:
+    """The tokenizer of a Stable Diffusion 3 pipeline's T5 encoder.
+
+    Raises:
+        CheckpointError: It or the encoder is missing or damaged.
+    """
+    if not (folder / "text_encoder_3").is_dir():
+        raise CheckpointError(f"{folder} has no text_encoder_3 (T5), which reads all texts here; get it too")
+    return load_t5_tokenizer(folder / "tokenizer_3")
 
 
 def load_sd3(folder: str | Path, options: LoadOptions | None = None, *, seed: int = 0) -> LoadedModel:
@@ -153,9 +176,7 @@ def load_sd3(folder: str | Path, options: LoadOptions | None = None, *, seed: in
         raise InputError(
             f"{folder} is only a start for training, which needs plain weights; leave quantize out, or save it first"
         )
-    if not (folder / "text_encoder_3").is_dir():
-        raise CheckpointError(f"{folder} has no text_encoder_3 (T5), which reads all texts here; get it too")
-    tokenizer = load_t5_tokenizer(folder / "tokenizer_3")
+    tokenizer = sd3_tokenizer(folder)
     config = read_json(folder / "transformer" / "config.json")
     width = int(config.get("joint_attention_dim", 4096))
     vae = load_vae(folder / "vae", int(config.get("in_channels", 16)))
@@ -180,6 +201,37 @@ def load_sd3(folder: str | Path, options: LoadOptions | None = None, *, seed: in
 
 
 # ------------------------------------------------------------------------------------------------------------- details
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A start before its large tensors are read: ``copied`` is our name → theirs, ``made`` is in float32."""
+
+    model: UniAlignmentTransformer
+    where: Mapping[str, Path]
+    copied: Mapping[str, str]
+    made: Mapping[str, Tensor]
+    report: Initialisation
+
+
+def _start(folder: Path, settings: Mapping[str, Any], seed: int) -> _Start:
+    model, where = empty_transformer(settings, folder), find_weights(folder)
+    last = f"transformer_blocks.{model.config.num_layers - 1}."
+    needed = _needed_names(model, last, tensor_shapes(where), folder)
+    extended = [f"{last}norm1_context.linear.{kind}" for kind in ("weight", "bias")]
+    changed = read_tensors({name: where[name] for name in (_TIME_BIAS, *extended)}, torch.float32)
+    pooled = read_tensors({name: path for name, path in where.items() if name.startswith(_POOLED)}, torch.float32)
+    donor = _donor(settings, seed)
+    made = {_TIME_BIAS: changed[_TIME_BIAS] + _pooled_constant(pooled)}
+    for name in extended:
+        made[name] = _extend(changed[name], donor[name.replace(last, "transformer_blocks.0.")])
+    copied = {_our_name(name): name for name in needed if name not in made}
+    new = sorted(set(model.state_dict()) - set(copied) - set(made))
+    made |= {name: donor[name.replace(last, "transformer_blocks.0.")] for name in new}
+    report = Initialisation(
+        tuple(sorted(copied)), tuple(extended), (_TIME_BIAS,), tuple(new), tuple(sorted(set(where) - set(needed)))
+    )
+    return _Start(model, where, copied, made, report)
 
 
 def _our_name(name: str) -> str:

@@ -44,8 +44,8 @@ def folder_layout(folder: str | Path) -> Layout:
     alone = _transformer_alone(folder)
     if alone is not None:
         raise CheckpointError(
-            f"{alone} is a transformer alone, and a model has a text encoder, tokenizer and autoencoder beside it; give "
-            f"the folder that holds them all, or use UniAlignmentTransformer.from_pretrained({str(alone)!r})"
+            f"{alone} is a transformer alone, and a model has a text encoder, tokenizer and autoencoder beside it; "
+            f"give the folder that holds them all, or use UniAlignmentTransformer.from_pretrained({str(alone)!r})"
         )
     if not path.is_file() and config.is_file():
         path = config

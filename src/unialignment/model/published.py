@@ -292,6 +292,57 @@ def _mask_vector(path: Path, width: int) -> Tensor:
     return value.detach().flatten().clone()
 
 
+_TABLE, _TIED = "shared.weight", "encoder.embed_tokens.weight"
+"""One table of token vectors under two names, of which a file may have either or both."""
+
+
+def check_text_encoder(folder: Path, width: int) -> tuple[T5EncoderModel, dict[str, Path]]:
+    """Compare a ``T5EncoderModel`` folder's weights with its config, reading headers only.
+
+    Returns:
+        The encoder on the meta device, and where its tensors lie.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, of another architecture or of another width.
+    """
+    config = check_class(folder, ("T5EncoderModel", "T5ForConditionalGeneration"), "architectures")
+    if config.get("model_type", "t5") != "t5":
+        raise CheckpointError(f"{folder / 'config.json'} describes a {config['model_type']}; expected a T5 encoder")
+    if config.get("d_model") != width:
+        raise CheckpointError(
+            f"the text encoder in {folder} is {config.get('d_model')} wide and the transformer expects {width}; they "
+            "belong to two models"
+        )
+    try:
+        with torch.device("meta"):
+            encoder = T5EncoderModel(T5Config.from_dict(config))
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'config.json'} doesn't describe a T5 encoder: {error}") from error
+    where = {name: path for name, path in find_weights(folder).items() if not name.startswith(("decoder.", "lm_head."))}
+    if _TABLE in where:
+        where.pop(_TIED, None)
+    check_names_and_shapes(encoder, tensor_shapes(where), str(folder), ignore=(_TABLE if _TIED in where else _TIED,))
+    return encoder, where
+
+
+def token_vector(where: Mapping[str, Path], token: int) -> Tensor:
+    """One row ``[D]`` of a text encoder's table of token vectors, read alone.
+
+    Args:
+        where: From :func:`check_text_encoder`.
+        token: Its id.
+
+    Raises:
+        CheckpointError: The table is shorter.
+    """
+    name = _TABLE if _TABLE in where else _TIED
+    with open_weights(where[name]) as file:
+        table = file.get_slice(name)
+        if token >= table.get_shape()[0]:
+            raise CheckpointError(f"{where[name]} has {table.get_shape()[0]} token vectors, the mask is token {token}")
+        return table[token : token + 1][0].clone()
+
+
 def load_text_encoder(
     folder: str | Path, width: int, dtype: torch.dtype = torch.float32, quantization: Any = None
 ) -> T5EncoderModel:
@@ -307,25 +358,7 @@ def load_text_encoder(
         CheckpointError: Something is missing, damaged, of another architecture or of another width.
     """
     folder = Path(folder)
-    config = check_class(folder, ("T5EncoderModel", "T5ForConditionalGeneration"), "architectures")
-    if config.get("model_type", "t5") != "t5":
-        raise CheckpointError(f"{folder / 'config.json'} describes a {config['model_type']}; expected a T5 encoder")
-    if config.get("d_model") != width:
-        raise CheckpointError(
-            f"the text encoder in {folder} is {config.get('d_model')} wide and the transformer expects {width}; they "
-            "belong to two models"
-        )
-    try:
-        with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config.from_dict(config))
-    except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'} doesn't describe a T5 encoder: {error}") from error
-    where = {name: path for name, path in find_weights(folder).items() if not name.startswith(("decoder.", "lm_head."))}
-    # One table under two names, of which a file may have either or both.
-    table, tied = "shared.weight", "encoder.embed_tokens.weight"
-    if table in where:
-        where.pop(tied, None)
-    check_names_and_shapes(encoder, tensor_shapes(where), str(folder), ignore=(table if tied in where else tied,))
+    encoder, where = check_text_encoder(folder, width)
     if quantization is not None:
         with _quantizing(folder):
             return T5EncoderModel.from_pretrained(
@@ -336,8 +369,9 @@ def load_text_encoder(
                 local_files_only=True,
             ).eval()
     state = read_tensors(where, dtype)
-    state.setdefault(table, state.pop(tied, torch.empty(0)))
-    fill(encoder, state, str(folder), tied=(tied,))
+    if _TABLE not in state:
+        state[_TABLE] = state.pop(_TIED)
+    fill(encoder, state, str(folder), tied=(_TIED,))
     encoder.encoder.set_input_embeddings(encoder.shared)
     return encoder.eval()
 
@@ -353,6 +387,20 @@ def load_vae(folder: str | Path, channels: int) -> KLAutoencoder:
         CheckpointError: Something is missing, damaged, of another architecture or has other channels.
     """
     folder = Path(folder)
+    autoencoder = check_vae(folder, channels)
+    fill(autoencoder, read_tensors(find_weights(folder), torch.float32), str(folder))
+    return KLAutoencoder(autoencoder).eval()
+
+
+def check_vae(folder: Path, channels: int) -> AutoencoderKL:
+    """Compare an ``AutoencoderKL`` folder's weights with its config, reading headers only.
+
+    Returns:
+        The autoencoder on the meta device.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, of another architecture or has other channels.
+    """
     config = check_class(folder, ("AutoencoderKL",))
     if config.get("latent_channels", 4) != channels:
         raise CheckpointError(
@@ -364,8 +412,8 @@ def load_vae(folder: str | Path, channels: int) -> KLAutoencoder:
             autoencoder = AutoencoderKL.from_config(config)
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'} doesn't describe an AutoencoderKL: {error}") from error
-    fill(autoencoder, read_tensors(find_weights(folder), torch.float32), str(folder))
-    return KLAutoencoder(autoencoder).eval()
+    check_names_and_shapes(autoencoder, tensor_shapes(find_weights(folder)), str(folder))
+    return autoencoder
 
 
 def load_t5_tokenizer(folder: str | Path, vocab_size: int | None = None) -> TextTokenizer:
