@@ -189,7 +189,8 @@ svg text { font-size: 11px; fill: currentColor; }
 article { border-top: 1px solid #8884; padding: .5rem 0 1rem; }
 article h3 { margin: .2rem 0; font-size: 1rem; } article > p { margin: 0 0 .6rem; max-width: 60rem; }
 article > div { display: flex; flex-wrap: wrap; gap: 14px; }
-figure { margin: 0; width: 180px; } figure img { max-width: 100%; display: block; }
+figure { margin: 0; width: 180px; }
+figure img { max-width: 100%; min-width: 128px; image-rendering: pixelated; display: block; }
 figcaption { font-size: .8rem; } figcaption b { display: block; }
 """
 

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-SIDE, MARGIN = 360, 70
+SIDE, MARGIN = 360, 100
 """Size of the drawing, and room around it for the groups' names, in pixels."""
 
 

@@ -38,6 +38,8 @@ MAIN = {
 """Part to the score by which its items are sorted; maps have one score, or one that comes first."""
 REFERENCES = "truth", "random"
 """Ceiling and floor that are drawn into the charts."""
+WIDTH = 6
+"""Metrics in one row of bars."""
 LONGEST = 600
 """Characters of an answer that are shown."""
 
@@ -98,9 +100,7 @@ def write_html(path: Path, runs: Sequence[WorldRun], stream: WorldStream) -> Pat
     Raises:
         StorageError: It can't be written.
     """
-    parts = [
-        page.introduction(run.label, json.dumps(run.identity["model"], ensure_ascii=False), notes(run)) for run in runs
-    ]
+    parts = [page.introduction(run.label, _model(run), notes(run)) for run in runs]
     parts += ["<h2>Figures</h2>", _table(runs), "<h2>The four groups</h2>"]
     series = _series(runs, {group: f"semgen.{group}" for group in GROUPS})
     coloured = [
@@ -108,11 +108,17 @@ def write_html(path: Path, runs: Sequence[WorldRun], stream: WorldStream) -> Pat
         for index, (label, values) in enumerate(series)
     ]
     parts += [radar(coloured, GROUPS, 10.0, "O by group"), page.bars(series, GROUPS, 10.0, "O by group")]
-    shares = {key: key for key, metric in METRICS.items() if metric.unit == "share" and _somewhere(runs, key)}
-    if shares:
-        parts += ["<h2>Tasks</h2>", page.bars(_series(runs, shares), list(shares), 1.0, "shares")]
+    shares = [key for key, metric in METRICS.items() if metric.unit == "share" and _somewhere(runs, key)]
+    parts += ["<h2>Tasks</h2>"] if shares else []
+    for start in range(0, len(shares), WIDTH):
+        keys = shares[start : start + WIDTH]
+        parts.append(page.bars(_series(runs, {key: key for key in keys}), keys, 1.0, "shares"))
     parts += [_kinds(runs), "<h2>Items</h2>", _gallery(runs, stream)]
     return page.write(path, NAME, parts)
+
+
+def _model(run: WorldRun) -> str:
+    return json.dumps({"model": run.results.model, **run.identity["model"]}, ensure_ascii=False)
 
 
 def latex(runs: Sequence[WorldRun]) -> str:
