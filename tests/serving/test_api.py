@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -256,6 +257,23 @@ def test_operation_needs_no_key(server: BackgroundServer) -> None:
     assert "unialign_engine_completed_total" in metrics
     assert 'unialign_http_requests_total{method="GET",route="/healthz",status="200"}' in metrics
     assert "/v1/images/edits" in get("/openapi.json")
+
+
+def test_the_documentation_page_needs_nobody_else(server: BackgroundServer) -> None:
+    import urllib.request
+
+    page = urllib.request.urlopen(f"{server.url}/docs", timeout=60).read().decode()
+    document = json.loads(urllib.request.urlopen(f"{server.url}/openapi.json", timeout=60).read())
+    for path in document["paths"]:
+        assert path in page
+    for schema in document["components"]["schemas"].values():
+        for field in schema.get("properties", ()):
+            assert f"<code>{field}</code>" in page, field
+    for field in ("image", "kind", "num_inference_steps"):  # of the form
+        assert f"<code>{field}</code>" in page
+    assert '"segment"'.replace('"', "&quot;") in page
+    assert "<script" not in page
+    assert "//" not in page.replace("application/", "")  # no address of another machine
 
 
 def test_a_stopped_engine_is_not_ready(make_tiny_pipeline: Any) -> None:

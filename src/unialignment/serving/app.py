@@ -6,9 +6,11 @@ import time
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
 
 from unialignment import __version__
 from unialignment.serving import chat_api, embeddings_api, images_api, system_api
+from unialignment.serving.docs_page import docs_page
 from unialignment.serving.engine import Engine
 from unialignment.serving.errors import add_error_handlers
 from unialignment.serving.guard import Guard
@@ -29,7 +31,10 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
         settings: Limits and keys.
     """
     settings = settings or ServerSettings(engine=engine.settings)
-    app = FastAPI(title=settings.title, version=__version__, description=_DESCRIPTION, redirect_slashes=False)
+    app = FastAPI(
+        title=settings.title, version=__version__, description=_DESCRIPTION, redirect_slashes=False,
+        docs_url=None, redoc_url=None,  # they load scripts from a public network
+    )  # fmt: skip
     app.state.engine, app.state.settings = engine, settings
     app.state.service = Service(engine, settings)
     app.state.metrics = Metrics(engine)
@@ -42,6 +47,11 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     app.add_middleware(Guard, settings=settings)
     app.add_middleware(Measured, metrics=app.state.metrics)
     _describe(app, settings)
+
+    @app.get("/docs", include_in_schema=False, response_class=HTMLResponse)
+    def docs() -> str:
+        return docs_page(app.openapi())
+
     return app
 
 
