@@ -173,6 +173,7 @@ def test_finished_texts_leave_the_batch(tiny_pipeline: Any, watch: Watch, monkey
         assert tiny_pipeline.infill(picture, text, num_inference_steps=3, seed=0).texts == [expected]
 
 
-def test_random_models_share_their_weights_between_modes() -> None:
-    prefix, joint = build("tiny").state_dict(), build("tiny", "joint").state_dict()
+@pytest.mark.parametrize("size", ["tiny", "nano"])
+def test_random_models_share_their_weights_between_modes(size: str) -> None:
+    prefix, joint = build(size).state_dict(), build(size, "joint").state_dict()
     assert all(torch.equal(prefix[name], value) for name, value in joint.items())

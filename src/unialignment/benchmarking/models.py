@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unialignment.errors import ConfigError, InputError
+from unialignment.errors import InputError
 from unialignment.model.transformer import UniAlignmentTransformer
 
 CHANNELS, PATCH, TEXT_DIM, POOLED_DIM, POSITIONS = 16, 2, 4096, 2048, 64
@@ -85,20 +85,22 @@ def arguments(size: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def build(size: str, mode: str = "prefix", dtype: torch.dtype = torch.float32) -> UniAlignmentTransformer:
-    """A random model; the same weights in ``prefix`` and ``joint`` mode (``nano`` knows ``prefix`` only).
+    """A random model; the same weights in ``prefix`` and ``joint`` mode.
+
+    ``nano``'s aligned source exists in ``prefix`` mode only: its ``joint`` form, which no trained weights have, is the
+    published arithmetic at its size, without it.
 
     Raises:
         InputError: unknown size.
-        ConfigError: the size has no such mode.
     """
     given = arguments(size)
-    if given.get("aligned_source") and mode == "joint":
-        raise ConfigError("nano's aligned source exists in prefix mode only; measure 'joint' with another size")
+    if mode == "joint":
+        given["aligned_source"] = False
     generator = torch.Generator().manual_seed(0)
     model = UniAlignmentTransformer(**given, attention_mode=mode)
     state = model.state_dict()
     for name in sorted(state):  # by name, so that what only one mode has changes nothing of the rest
-        if name in ("reference_embed.weight", "condition_text_embed", "pos_embed.pos_embed"):
+        if name in ("reference_embed.weight", "condition_text_embed", "pos_embed.pos_embed") or "aligned" in name:
             continue
         state[name].normal_(0.0, 0.02, generator=generator)
     return torch.nn.Module.to(model.eval(), dtype).requires_grad_(False)  # type: ignore[return-value]

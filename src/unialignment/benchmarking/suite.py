@@ -63,7 +63,7 @@ class Suite:
         self.results = Results(
             self.machine.to_json(), {"size": size, "pixels": pixels, "repeats": repeats, "dtype": dtype}
         )
-        self.has_published = size != "nano"
+        self.has_peer = size != "nano"
 
     def run(self, tasks: Sequence[str] = TASKS, parts: Sequence[str] | None = None) -> Results:
         """Measure the chosen parts; by default all that the size has.
@@ -72,11 +72,11 @@ class Suite:
             InputError: an unknown task or part, or one that this size doesn't have.
         """
         if parts is None:
-            parts = PARTS if self.has_published else tuple(part for part in PARTS if part != "peer")
+            parts = PARTS if self.has_peer else tuple(part for part in PARTS if part != "peer")
         for what, given, known in (("task", tasks, TASKS), ("part", parts, PARTS)):
             if unknown := [name for name in given if name not in known]:
                 raise InputError(f"unknown {what} {', '.join(map(repr, unknown))}: use some of {', '.join(known)}")
-        if "peer" in parts and not self.has_published:
+        if "peer" in parts and not self.has_peer:
             raise InputError(
                 f"part 'peer' needs a size in Stable Diffusion 3's proportions: diffusers has no model of {self.size}'s"
                 " shape (shared modulation, squared ReLU). Use --size 25M, 100M, 300M or 2B, or leave the part out"
@@ -103,8 +103,7 @@ class Suite:
         cases += [self.case("edit", count) for count in (1, 2, 3, 4)] if "edit" in tasks else []
         cases += [self.case(task) for task in ("caption", "answer") if task in tasks]
         ways = {("ours", case): ours(case) for case in cases}
-        if self.has_published:
-            ways |= {("published", case): published(case) for case in cases}
+        ways |= {("published", case): published(case) for case in cases}
         steps = self._steps(ways, cases)
         wholes = self._wholes(ways, [case for case in cases if case.task != "edit" or case.sources in (1, 4)])
         for (name, case), way in ways.items():
@@ -137,7 +136,7 @@ class Suite:
             seconds = interleave({"one": ours(one).whole, "many": ours(many).whole}, self.repeats)
             eight = [8 * value for value in seconds["one"]]
             self._compare(f"{many.name}: singles / batch, whole", eight, seconds["many"])
-            if task == "generate" or not self.has_published:
+            if task == "generate":
                 continue
             # Published: one picture at a time, about one token a pass; ours: eight pictures, the task's default steps.
             slow = one.with_(steps=one.length)
@@ -211,7 +210,7 @@ class Suite:
         self.say(f"scaling with {along}")
         points: list[dict[str, Any]] = []
         for name, build_way in (("ours", ours), ("published", published)):
-            if name == "published" and (not self.has_published or along not in ("tokens", "sources")):
+            if name == "published" and along not in ("tokens", "sources"):
                 continue
             ways = {str(number): build_way(case) for number, case in enumerate(cases)}
             states = {key: way.prepare() for key, way in ways.items()}

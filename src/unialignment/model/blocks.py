@@ -68,8 +68,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     """Softmax attention, ``[B, heads, N, head_dim]``; ``mask`` bool, broadcastable to ``[B, heads, Nq, Nk]``.
 
     PyTorch's fused kernel, except in bfloat16 on a CPU over short sequences: there its backward pass is 4 to 8 times
-    slower than two matrix products and a softmax (2.13, measured at 16 to 64 tokens), and its forward pass 1.9 to 3.6
-    times (32 x 256 to 256 x 1280 tokens); from about 1024 x 2048 on both take the same time.
+    slower than two matrix products and a softmax (2.13, measured at 16 to 64 tokens), and its forward pass up to 1.8
+    times (benchmarks/kernels.py); from about 256 x 288 tokens on both forward passes take the same time.
     """
     if (
         query.device.type == "cpu"
