@@ -83,6 +83,12 @@ def test_a_bad_value_says_where_what_and_why(path: Path, override: str, words: t
     assert "\n" not in text
 
 
+@pytest.mark.parametrize("override", ["run.keep_best=1", "run.activation_checkpointing=true", "run.parallel=ddp"])
+def test_an_autoencoder_is_not_told_what_it_does_not_do(repo_root: Path, override: str) -> None:
+    text = message(repo_root / "configs" / "autoencoder.yaml", override)
+    assert override.partition("=")[0] in text and "leave it out" in text
+
+
 def test_a_run_without_end_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "endless.yaml"
     file.write_text("kind: transformer\nrun: {name: x}\n")

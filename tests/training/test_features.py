@@ -312,6 +312,15 @@ def test_ray_makes_the_same_cache(own: Make, tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "two" / "shards" / file.name).read_bytes()
 
 
+def test_pictures_that_change_at_every_showing_cannot_be_cached(tiny: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"world\.jitter"):
+        tiny("world.jitter=1", f"data.cache={tmp_path}")
+    with pytest.raises(ConfigError, match=r"world\.jitter.*teacher"):
+        tiny("world.jitter=1", "teacher.name=package")
+    with pytest.raises(ConfigError, match="set it to 0"):
+        build_cache(make_plan(tiny("world.jitter=1"), tmp_path / "features", 4, 2), report=quiet)
+
+
 def test_without_ray_the_remedy_is_said(own: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ConfigError, match=r"unialignment\[ray\]"):

@@ -86,6 +86,8 @@ def _teacher_hash(name: str) -> str:
 def _world_identity(config: TransformerConfig) -> list[Any]:
     from unialignment.world.sprites import default_pack_path
 
+    if config.world.jitter:
+        raise ConfigError("a feature cache keeps pictures as they are, world.jitter changes them: set it to 0")
     pack = config.world.pack or default_pack_path()
     return [config.world.model_dump(mode="json", exclude={"pack"}), config.run.seed, _file_fingerprint(pack)]
 

@@ -232,6 +232,16 @@ class AutoencoderConfig(Section):
         False, description="Train the decoder of `initial` alone: its latents, and so its transformers, stay valid."
     )
 
+    @model_validator(mode="after")
+    def _no_more_than_it_does(self) -> AutoencoderConfig:
+        for name, unused in (("keep_best", 0), ("activation_checkpointing", False), ("parallel", "auto")):
+            if getattr(self.run, name) != unused:
+                raise ValueError(
+                    f"run.{name} does nothing with kind: autoencoder, which trains in one process and keeps its newest "
+                    "checkpoints; leave it out"
+                )
+        return self
+
 
 class TransformerModelSection(Section):
     """What is trained."""
@@ -378,6 +388,9 @@ class TransformerConfig(Section):
             raise ValueError("lora.rank: a LoRA changes a trained model, name one with model.initial")
         if self.lora.rank and self.lora.base_precision == "bf16" and self.run.precision != "bf16":
             raise ValueError("lora.base_precision=bf16 needs run.precision=bf16")
+        if self.world.jitter and (self.data.cache is not None or self.teacher.name is not None):
+            kept = "a feature cache (data.cache)" if self.data.cache is not None else "a teacher (teacher.name)"
+            raise ValueError(f"world.jitter shows a picture anew each time, {kept} keeps it as it was: use only one")
         for section in ("mixture", "task_weights"):
             for name in getattr(self, section):
                 _known_task(name, section)

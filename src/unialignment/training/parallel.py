@@ -95,7 +95,7 @@ class Parallel:
         try:
             from accelerate import PartialState
 
-            state = PartialState(cpu=cpu, timeout=timeout)
+            state = PartialState(cpu=cpu, timeout=timeout, **_own_store(timeout))
             # Decisions and metadata travel between processors: an accelerator would have to stop for them.
             control = dist.new_group(backend="gloo", timeout=timeout)
         except ImportError as error:
@@ -327,6 +327,24 @@ class Parallel:
                 "that process says why. Nothing that was saved is lost: run the same command again, on as many "
                 f"processes as there are, and it resumes from the last checkpoint in {folder}."
             ) from error
+
+
+def _own_store(timeout: timedelta) -> dict[str, Any]:
+    """Where processes that ``torchrun`` has started again find one another.
+
+    Without ``--rdzv-backend``, it keeps one store over all its attempts, in which the addresses of the dead still lie
+    (PyTorch 2.13); so each attempt gets names of its own. Over several machines attempts are counted by each for
+    itself, and the rendezvous that they need (``c10d``) begins with an empty store.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    processes = launched_processes()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0") or "0")
+    if attempt == "0" or here != processes or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, processes, is_master=False, timeout=timeout)
+    named = dist.PrefixStore(f"attempt-{attempt}", store)
+    return {"store": named, "rank": int(os.environ["RANK"]), "world_size": processes}
 
 
 def _first_line(error: BaseException) -> str:
