@@ -10,7 +10,7 @@ apart: 1 always, 0.5 by chance. Knows nothing of any particular judge.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ EDITS = (
 )
 
 
-def cases(items: Sequence[Item], count: int, seed: int = 0) -> list[dict[str, Any]]:
+def cases(items: Sequence[Item], count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Pictures to show: dictionaries with ``item``, ``kind``, ``fault``, ``prompt``, ``source`` and ``picture``."""
     described = [item for item in items if item.kind == "generate" and item.photo is not None]
     sources = [item for item in items if item.photo is not None]
     photos = list({item.photo: item for item in described or sources}.values())[: count + 1]
     rng = np.random.default_rng(seed)
-    found: list[dict[str, Any]] = []
+    # One photograph at a time: all pictures of fifty would take half a gigabyte.
     for index, item in enumerate(photos[:count]):
         photo, other = _load(item.photo), _load(photos[(index + 1) % len(photos)].photo)
         noise = Image.fromarray(rng.integers(0, 256, (photo.height, photo.width, 3), dtype=np.uint8))
@@ -61,12 +61,11 @@ def cases(items: Sequence[Item], count: int, seed: int = 0) -> list[dict[str, An
         shared = {"item": item.id, "seed": seed}
         drawn = {"right": photo, "other": other, "noise": noise, "jpeg": _jpeg(photo)}
         for fault, picture in drawn.items() if described else ():  # sources come without a description
-            found.append({**shared, "kind": "generate", "fault": fault, "prompt": item.prompt, "picture": picture})
+            yield {**shared, "kind": "generate", "fault": fault, "prompt": item.prompt, "picture": picture}
         edited = {"right": right, "untouched": photo, "other": other, "noise": noise, "jpeg": _jpeg(right)}
         for fault, picture in edited.items():
             entry = {**shared, "kind": "edit", "fault": fault, "prompt": instruction, "picture": picture}
-            found.append({**entry, "source": item.photo})
-    return found
+            yield {**entry, "source": item.photo}
 
 
 def calibrate(
