@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,23 @@ def test_every_published_tensor_is_matched(official: tuple[UniAlignmentTransform
             torch.testing.assert_close(value, tensors[name], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
             compared.add(name)
     assert compared == {name for name in tensors if "." in name} and len(compared) >= 14
+
+
+def test_the_transformer_alone_loads_from_the_package(shared_dir: Path) -> None:
+    """By the one line that the documentation gives, from a folder that holds nothing but the transformer."""
+    from unialignment.model import UniAlignmentTransformer as Exported
+
+    source = shared_dir / "parity" / "official-tiny"
+    if not source.is_dir():
+        pytest.skip("the parity tensors are not at hand")
+    tensors = load_file(source / "cases.safetensors")
+    for model in (
+        Exported.from_pretrained(str(source), subfolder="transformer"),
+        Exported.from_pretrained(source / "transformer"),
+    ):
+        assert not model.training and model.dtype == torch.float32
+        output = run(model, tensors, "edit", slice(None))
+        torch.testing.assert_close(output.velocity, tensors["edit.velocity"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["generate", "edit", "compose", "understand", "text_only"])
@@ -207,3 +226,15 @@ def test_loading_in_half_precision_rounds_once(published_folder: Path, dtype: to
     loaded = load_transformer(published_folder / "transformer", dtype)
     state = load_file(published_folder / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, state[name].to(dtype)) for name, value in loaded.state_dict().items())
+
+
+def test_the_package_exports_the_model() -> None:
+    """Whoever has the weights but no parity tensors at hand; importing the package alone stays light."""
+    import unialignment.model
+
+    assert unialignment.model.UniAlignmentTransformer is UniAlignmentTransformer
+    assert unialignment.model.TransformerOutput is TransformerOutput
+    with pytest.raises(ImportError, match="UniAlignmentPipeline"):
+        exec("from unialignment.model import UniAlignmentPipeline")
+    code = "import sys, unialignment.model; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
