@@ -132,6 +132,8 @@ def test_runs_in_folders_are_not_mixed_and_stand_side_by_side(
     assert main([*shared, "--out", str(one)]) == 0
     assert main([*shared, "--out", str(one), "--seed", "1"]) == 2
     assert "seed: 0 there, 1 here" in capsys.readouterr().err
+    assert main(["eval", "--no-references", "--out", str(one), "--step", "report"]) == 2
+    assert "limit: 2 there, 100 here" in capsys.readouterr().err
     assert main([*shared, "--out", str(two), "--compare", str(one)]) == 0
     assert str(two / "report.html") in capsys.readouterr().out
     page = (two / "report.html").read_text()

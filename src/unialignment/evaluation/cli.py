@@ -165,15 +165,15 @@ def _run_folder(args: argparse.Namespace, names: list[str], settings: Settings) 
     bench_cli.check_compared(args)
     stream = _world(args.preset, args.split, args.seed)[1]
     with run_lock(args.out):
+        if args.model.startswith(PREFIXES):
+            identity = _built(args.model, args.device, _shared(settings)).identity()
+        else:
+            identity = {"kind": "unialignment", "fingerprint": models.fingerprint(args.model)}
+        # The report says whose figures these are, and of how many items, so that its step is checked as well.
+        world_run.begin(args.out, stream, identity, settings, args.accept_versions)
         if set(steps) - {"report"}:
-            if args.model.startswith(PREFIXES):
-                identity = _built(args.model, args.device, _shared(settings)).identity()
-            else:
-                identity = {"kind": "unialignment", "fingerprint": models.fingerprint(args.model)}
-            world_run.begin(args.out, stream, identity, settings, args.accept_versions)
-            for _ in _parts(
-                args, names, settings, functools.partial(world_run.run_recorded, folder=args.out, steps=steps)
-            ):
+            recorded = functools.partial(world_run.run_recorded, folder=args.out, steps=steps)
+            for _ in _parts(args, names, settings, recorded):
                 pass
         if "report" not in steps:
             return None, None
