@@ -11,10 +11,10 @@ the same mixture of all tasks over HTTP:
 3. *batched*: N clients against the first.
 
 A result equals its twin when texts are the same, pixels differ by at most 1/255, and vectors by at most 1e-4. Only 429
-(try again later; waiting for that counts as latency) may go wrong besides. Clients choose at random, each by a seed of
-its own, and send the next request when the last is answered, so slow tasks don't get scarcer under load; what is under
-way when the time is over is waited for, and that time counts. Writes ``OUT.json`` and ``OUT.md``; exits with 1 when
-something differed or failed, or with ``--required-ratio`` when batching gained too little.
+(try again later; waiting for that counts as latency) may go wrong besides. Clients send the next request when the last
+is answered, and draw from one shuffled deck of all, so that every phase has the same mixture whatever its length; what
+is under way when the time is over is waited for, and that time counts. Writes ``OUT.json`` and ``OUT.md``; exits with 1
+when something differed or failed, or with ``--required-ratio`` when batching gained too little.
 """
 
 from __future__ import annotations
@@ -249,11 +249,27 @@ class Client:
         self.connection = None
 
 
-def work(port: int, mixture: list[Case], twins: list[Any], until: float, seed: int, tally: Tally) -> None:
-    """One client: requests one after the other in an order of its own until the time is over."""
-    client, rng = Client(port), random.Random(seed)
+class Deck:
+    """Numbers below ``size`` for all clients of a phase: each once in random order, then all again in another one."""
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size, self.rng = size, random.Random(seed)
+        self.left: list[int] = []
+        self.lock = threading.Lock()
+
+    def draw(self) -> int:
+        """The next one."""
+        with self.lock:
+            if not self.left:
+                self.left = self.rng.sample(range(self.size), self.size)
+            return self.left.pop()
+
+
+def work(port: int, mixture: list[Case], twins: list[Any], until: float, deck: Deck, tally: Tally) -> None:
+    """One client: requests one after the other until the time is over."""
+    client, rng = Client(port), random.Random(0)
     while time.monotonic() < until:
-        index = rng.randrange(len(mixture))
+        index = deck.draw()
         case, started = mixture[index], time.monotonic()
         try:
             while True:
@@ -295,10 +311,10 @@ def one_by_one(port: int, mixture: list[Case]) -> tuple[list[Any], float]:
 
 def load(port: int, mixture: list[Case], twins: list[Any], clients: int, seconds: float) -> Tally:
     """All clients at once. Requests under way when the time is over are waited for and counted."""
-    tally, started = Tally(), time.monotonic()
+    tally, deck, started = Tally(), Deck(len(mixture)), time.monotonic()
     threads = [
-        threading.Thread(target=work, args=(port, mixture, twins, started + seconds, seed, tally))
-        for seed in range(clients)
+        threading.Thread(target=work, args=(port, mixture, twins, started + seconds, deck, tally))
+        for _ in range(clients)
     ]
     for thread in threads:
         thread.start()
@@ -356,6 +372,10 @@ class Server:
             return None
         finally:
             connection.close()
+
+    def model(self) -> str:
+        """Its name, which is not that of its folder."""
+        return str(json.loads(self._get("/v1/models") or "")["data"][0]["id"])
 
     def counters(self) -> tuple[float, float]:
         """Rows and forward passes of the denoising network so far."""
@@ -498,9 +518,9 @@ def main() -> int:
     if args.serve:
         serve(args)
         return 0
-    mixture = cases(args.model, args.seeds)
     half = (args.baseline_seconds or args.seconds / 3) / 2
     with Server(args, None) as server, Server(args, 1) as single:
+        mixture = cases(server.model(), args.seeds)
         twins, alone = one_by_one(server.port, mixture)
         others, _ = one_by_one(single.port, mixture)
         unlike = [

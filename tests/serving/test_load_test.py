@@ -87,7 +87,7 @@ def run(script: Any, server: Any, answers: list[tuple[int, dict[str, Any]]]) -> 
     case = script.as_json("generate", "/v1/images/generations", script.read_picture, prompt="a dog")
     twins = [np.full((8, 8, 3), 100 / 255, np.float32)]
     tally = script.Tally()
-    script.work(server.server_port, [case], twins, time.monotonic() + 0.5, 0, tally)
+    script.work(server.server_port, [case], twins, time.monotonic() + 0.5, script.Deck(1), tally)
     assert tally.done >= 1
     return tally
 
@@ -143,6 +143,13 @@ def test_the_mixture_has_every_task(script: Any) -> None:
     assert {case.task for case in found} == {*TASKS.names, "embed"}
     assert len({case.body for case in found if case.task == "generate"}) == 8
     assert any(b'"stream": true' in case.body for case in found if case.task == "caption")
+
+
+def test_every_phase_has_the_same_mixture(script: Any) -> None:
+    deck = script.Deck(10)
+    first, second = ([deck.draw() for _ in range(10)] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
 
 
 def test_two_halves_are_one_phase(script: Any) -> None:
