@@ -6,6 +6,7 @@ its forward and backward pass, the optimizer and the loop are the same object on
 compared before anything is timed. Samples are prepared in the training process, since on one core a background worker
 saves nothing. Three cases: no teacher; the teachers that ``nano`` can have (``teacher.name=package``; skipped, saying
 so, where the optional packages are missing); and a dual encoder of 126 M random parameters (CLIP's ViT-B/32).
+Pictures that change at every showing (``world.jitter``) can't be cached, so neither side changes them.
 
     python benchmarks/feature_cache.py --json benchmarks/results/feature-cache-nano.json
     python benchmarks/feature_cache.py --config configs/tiny.yaml --steps 2 --random-size tiny        a rehearsal
@@ -65,6 +66,7 @@ def settings(args: argparse.Namespace, folder: Path, teacher: str | None) -> Tra
         f"run.dir={folder / 'run'}",
         "run.threads=1",
         "run.compile=off",
+        "world.jitter=0",
         "logging.validation_samples=1",
         "logging.tensorboard=false",
         f"autoencoder.path={NANO / 'autoencoder'}",
