@@ -117,6 +117,7 @@ class Watched:
 
     def run(self, name: str, start: Callable[[], object] | None = None) -> list[str]:
         """Press the button, or start otherwise; the distinct pictures (addresses) shown from then until it was done."""
+        self.page.wait_for_timeout(300)  # what came before may be drawn once more
         self.page.evaluate(WATCH, name)
         pictures = len(self.page.evaluate("window.seen.pictures"))
         if start is None:
@@ -268,8 +269,12 @@ def test_edit_in_turns_with_undo(open_page) -> None:
     assert web.page.is_disabled("#edit-undo")
 
 
-def test_understand_writes_word_by_word(open_page) -> None:
+def test_understand_writes_word_by_word(open_page, monkeypatch) -> None:
     web = open_page("/?tab=understand&picture=4")
+    if ENGINES:  # all of it takes a tenth of a second, in which a page is drawn once
+        scheduler = ENGINES[0]._scheduler
+        unhurried = scheduler.round
+        monkeypatch.setattr(scheduler, "round", lambda: (time.sleep(0.15), unhurried()))
     web.page.wait_for_selector("#understand-source img")
     web.page.evaluate(
         """() => { window.texts = new Set(); const box = document.querySelector('#understand-text textarea');
@@ -277,6 +282,7 @@ def test_understand_writes_word_by_word(open_page) -> None:
     )
     web.run("understand")
     texts = web.page.evaluate("[...window.texts]")
+    monkeypatch.undo()
     assert any("▢" in text for text in texts), texts
     final = web.page.input_value("#understand-text textarea")
     assert final
