@@ -163,6 +163,23 @@ def test_elbo_of_the_uniform_model_is_its_log_likelihood() -> None:
     torch.testing.assert_close(torch.stack(losses).mean(), expected, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "elbo"])
+def test_positions_behind_the_end_count_as_much_as_they_are_told_to(weighting: str) -> None:
+    clean = torch.tensor([[5, 6, 0, 0, 0, 0]])  # 0 ends the text, and fills the canvas
+    logits = torch.randn(1, 6, 10, generator=torch.Generator().manual_seed(0))
+
+    def loss(padding: float, canvas: int = 6) -> torch.Tensor:
+        masked = MaskedPath(MASK, weighting=weighting, padding=padding, padding_id=0)
+        path = masked.sample_path(clean[:, :canvas], torch.tensor([0.5]))
+        path = type(path)(path.clean, path.noised, path.time, path.timestep, corrupted=torch.ones(1, canvas).bool())
+        return masked.loss(logits[:, :canvas], path)
+
+    torch.testing.assert_close(loss(0.0), loss(1.0, canvas=3))  # the end itself always counts
+    assert (loss(0.3) - (3 * loss(0.0) + 0.3 * (6 * loss(1.0) - 3 * loss(0.0))) / 3.9).abs() < 1e-5
+    with pytest.raises(ConfigError, match="masked.padding"):
+        MaskedPath(MASK, padding=0.5)
+
+
 def test_times_are_antithetic() -> None:
     time = MaskedPath(MASK).sample_time(64, torch.Generator().manual_seed(3)).sort().values
     assert float((time.diff() - 0.999 / 64).abs().max()) < 0.02

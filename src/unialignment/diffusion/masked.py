@@ -26,6 +26,9 @@ class MaskedPath:
         epsilon: ε of the schedule; keeps the rate finite at t = 1.
         weighting: ``"elbo"``: rate / expm1(total), MDLM's bound and the published loss, averaged over all positions;
             ``"uniform"``: mean cross entropy over the masked positions, of lower variance.
+        padding: Weight, in either mean, of positions behind a text's end. Short texts on a long canvas are mostly
+            these, which are easily told from the words. 1 is the published loss.
+        padding_id: Token id that ends a text and fills its canvas; needed when ``padding`` is not 1.
 
     Raises:
         ConfigError: a field is out of range.
@@ -34,12 +37,16 @@ class MaskedPath:
     mask_id: int
     epsilon: float = 1e-3
     weighting: str = "elbo"
+    padding: float = 1.0
+    padding_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.weighting not in ("elbo", "uniform"):
             raise ConfigError(f"masked.weighting={self.weighting!r} is unknown: use 'elbo' or 'uniform'.")
         if not 0 < self.epsilon < 1:
             raise ConfigError(f"masked.epsilon={self.epsilon} must lie between 0 and 1.")
+        if not 0 <= self.padding <= 1 or (self.padding < 1 and self.padding_id is None):
+            raise ConfigError(f"masked.padding={self.padding} must lie between 0 and 1, and needs a padding token.")
 
     def total_noise(self, time: Tensor) -> Tensor:
         """−log(1 − (1 − ε)·t)."""
@@ -79,9 +86,18 @@ class MaskedPath:
         if logits.shape[0]:
             cross_entropy = F.cross_entropy(self.subs(logits), path.clean[path.corrupted], reduction="none")
             per_token = per_token.masked_scatter(path.corrupted, cross_entropy)
+        counted = self._counted(path.clean)
         if self.weighting == "uniform":
-            return per_token.sum(1) / path.corrupted.sum(1).clamp_min(1)
-        return self.weight(path.time.to(per_token)) * per_token.mean(1)
+            # Where nothing counted is masked the sum is 0, and so is the loss.
+            return (per_token * counted).sum(1) / (path.corrupted * counted).sum(1).clamp_min(1e-6)
+        return self.weight(path.time.to(per_token)) * (per_token * counted).sum(1) / counted.sum(1)
+
+    def _counted(self, clean: Tensor) -> Tensor:
+        """``[B, L]`` weights of positions: 1 up to the first padding token, which is a text's end, then ``padding``."""
+        if self.padding == 1 or self.padding_id is None:
+            return torch.ones_like(clean, dtype=torch.float32)
+        behind = torch.eq(clean, self.padding_id).cumsum(1) > 1
+        return torch.where(behind, self.padding, 1.0)
 
     def weight(self, time: Tensor) -> Tensor:
         """rate / expm1(total), the factor of MDLM's bound; equals 1 / t up to rounding. Finite at t = 0 too."""

@@ -171,7 +171,7 @@ def build_objective(
         layers = lora.prepare(transformer, embedder, config.lora)
         report(f"LoRA of rank {config.lora.rank} on {len(layers)} layers; all other weights are frozen.")
     flow = FlowPath(**config.flow.model_dump())
-    masked = MaskedPath(tokenizer.mask_token_id, **config.masked.model_dump())
+    masked = MaskedPath(tokenizer.mask_token_id, padding_id=tokenizer.pad_token_id, **config.masked.model_dump())
     settings = ObjectiveSettings(
         **config.loss.model_dump(), image_teacher_dim=teacher_dims[0], text_teacher_dim=teacher_dims[1]
     )

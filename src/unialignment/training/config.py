@@ -326,6 +326,7 @@ class MaskedSection(Section):
 
     epsilon: float = Field(1e-3, gt=0, lt=1)
     weighting: Literal["elbo", "uniform"] = "elbo"
+    padding: Fraction = Field(1.0, description="Weight of positions behind a text's end: most of a short answer's.")
 
 
 class LoggingSection(Section):
