@@ -1,8 +1,8 @@
 """Small random changes of pictures that a model reads, so that it recognises drawings it was never shown.
 
 A world has few drawings of each class, and a model learns them by heart: it then names what it has seen and little
-else. Turned, stretched, recoloured and noisy pictures have the same captions and answers. Does not know which tasks
-read.
+else. Turned, stretched, recoloured and noisy pictures have the same captions and answers, nearly always. Does not know
+which tasks read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TURN = 12.0
 STRETCH = 0.15
 """Of width and height, each by itself, in natural logarithms."""
 SHIFT = 0.04
-"""Of the side. Places are said in thirds of a picture, so that they stay true."""
+"""Of the side. Places are said in thirds of a picture: objects near a border between two may cross it, few do."""
 TONE = 0.2
 """Of brightness, contrast and saturation, in natural logarithms. Backgrounds lie further apart than that."""
 NOISE = 12.0
