@@ -25,8 +25,8 @@ demo: $(STAMP)
 test: lint types tests
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 
 types: $(STAMP)
 	$(BIN)/mypy src
@@ -37,6 +37,7 @@ tests: $(STAMP) world
 
 # Also what takes minutes: processes that are killed, a browser, a cluster, full sizes.
 tests-slow: $(STAMP) world
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # Artwork of the scene world, fetched once into the user's cache directory; without Node, one drawing style from a Python package.

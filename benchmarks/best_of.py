@@ -12,7 +12,6 @@ told otherwise, and by a description of the wanted result (``best_of_text``), wh
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from unialignment.evaluation.judge import Judge
 from unialignment.evaluation.metrics import estimate
 from unialignment.evaluation.semgen_world import GROUPS, group_sample, group_scores
 from unialignment.reranking import expected_best_of
+from unialignment.storage import write_json
 from unialignment.world.captions import describe_canonical
 from unialignment.world.presets import preset
 from unialignment.world.sprites import SpritePack
@@ -111,8 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, data)
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from unialignment.benchmarking.measure import Timing, interleave, ratio
 from unialignment.benchmarking.models import arguments, build, tokens_of
 from unialignment.conditioning import Condition, Denoiser
+from unialignment.storage import write_json
 
 
 @torch.no_grad()
@@ -71,8 +71,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         print(f"  {name:<12}{1e3 * Timing.of(seconds['plain']).median:8.1f} ms, plain / compiled {gain}")
     result = {**{k: v for k, v in vars(args).items() if k != "json"}, "compile_seconds": spent, "rows": rows}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return result
 
 

@@ -15,7 +15,6 @@ Pictures that change at every showing (``world.jitter``) can't be cached, so nei
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from rich.console import Console
 from unialignment.alignment.teachers import load_teacher
 from unialignment.benchmarking.measure import Machine, Timing, interleave, ratio
 from unialignment.errors import AssetError
+from unialignment.storage import write_json
 from unialignment.training.caching import build_cache, make_plan
 from unialignment.training.config import TransformerConfig, load_config
 from unialignment.training.loop import Trainer
@@ -182,8 +182,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             flush=True,
         )
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return result
 
 

@@ -13,7 +13,6 @@ minutes in all as there are contestants times four.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from unialignment.evaluation.contestants import ModelContestant
 from unialignment.evaluation.judge import Judge
 from unialignment.evaluation.metrics import mean_of_groups
 from unialignment.evaluation.semgen_world import GROUPS
+from unialignment.storage import write_json
 from unialignment.world.presets import preset
 from unialignment.world.sprites import SpritePack
 from unialignment.world.stream import WorldStream
@@ -140,8 +140,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in ("model", "limit", "batch_size", "seed", "threads")}
     result = {**settings, "rows": rows}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return result
 
 

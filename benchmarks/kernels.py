@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 import unialignment
 from unialignment.benchmarking.measure import Machine, Timing, interleave, ratio
 from unialignment.model import blocks
+from unialignment.storage import write_json
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 """What is replaced, and what replaces it."""
@@ -128,8 +128,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.error(f"no case is called {args.only!r}")
     result = {"machine": Machine.measured(3).to_json(), "repeats": args.repeats, "rows": rows}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return result
 
 

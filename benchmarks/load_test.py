@@ -42,6 +42,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unialignment.storage import write_json, write_text
+
 PIXELS = 1 / 255
 VECTORS = 1e-4
 TIMEOUT = 300.0
@@ -554,9 +556,8 @@ def main() -> int:
         "one_at_a_time": summary(one),
         "batched": summary(many),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+    write_json(args.out.with_suffix(".json"), report)
+    write_text(args.out.with_suffix(".md"), markdown(report))
     print(markdown(report))
     wrong = len(unlike) + sum(sum(tally.errors.values()) + sum(tally.differing.values()) for tally in (one, many))
     return int(wrong > 0 or (report["ratio"] or 0.0) < args.required_ratio)

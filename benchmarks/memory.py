@@ -35,6 +35,7 @@ from unialignment.conditioning import Condition, Denoiser
 from unialignment.memory import MemoryTracker, size_of, tensors_of
 from unialignment.model.streaming import format_size
 from unialignment.model.transformer import UniAlignmentTransformer
+from unialignment.storage import write_json
 
 SIZES: dict[str, dict[str, int]] = {
     "10M": {"num_layers": 4, "num_attention_heads": 3},
@@ -187,8 +188,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             print(f"{row['task']:<9}{row['path']:<26}{parts}{row['seconds']:>7} s", flush=True)
     result = {**sizes, "rows": rows}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
     return result
 
 

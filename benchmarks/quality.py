@@ -14,7 +14,6 @@ pass, too, is a table here and costs nothing. Both guidance branches of pictures
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from unialignment.evaluation.judge import Judge
 from unialignment.evaluation.results import summarise
 from unialignment.evaluation.world import held_out_samples, score_all
 from unialignment.images import fit_image, load_image
+from unialignment.storage import write_json
 from unialignment.tasks import TASKS
 from unialignment.world.presets import preset
 from unialignment.world.sprites import SpritePack
@@ -199,8 +199,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 flush=True,
             )
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_json(args.json, results)
     return results
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from unialignment.storage import write_json
 from unialignment.training.config import load_config
 from unialignment.training.data import Prefetcher
 from unialignment.training.loop import Trainer
@@ -78,7 +79,7 @@ def main() -> None:
         result = measure(load_config(args.config, overrides), args.steps)
     print(json.dumps(result))
     if args.out is not None:
-        args.out.write_text(json.dumps({"config": args.config, "overrides": args.override, **result}, indent=2) + "\n")
+        write_json(args.out, {"config": args.config, "overrides": args.override, **result})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def few_steps() -> Any:
-    path = Path(__file__).parents[2] / "benchmarks" / "few_steps.py"
-    spec = importlib.util.spec_from_file_location("few_steps", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def few_steps(script: Any) -> Any:
+    return script("few_steps")
 
 
 def test_a_ratio_on_the_same_items_is_sharper_than_the_scores(few_steps: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +9,8 @@ import torch
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Any:
-    path = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
-    spec = importlib.util.spec_from_file_location("kernels", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def kernels(script: Any) -> Any:
+    return script("kernels")
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from unialignment.errors import ConfigError
-from unialignment.model.autoencoder import WorldAutoencoder, load_autoencoder
+from unialignment.model.autoencoder import PixelAutoencoder, WorldAutoencoder, load_autoencoder
 from unialignment.training.autoencoder import AutoencoderTrainer, main, to_pictures, to_tensor, validation_pictures
 from unialignment.training.config import AutoencoderConfig
 from unialignment.training.logging import read_metrics
@@ -106,6 +106,12 @@ def test_a_decoder_alone_is_trained_and_latents_stay_what_they_were(
 def test_a_decoder_alone_needs_an_autoencoder_to_start_from(tiny_autoencoder: Make, silent, pack) -> None:
     with pytest.raises(ConfigError, match="initial="):
         AutoencoderTrainer(tiny_autoencoder("decoder_only=true"), silent)
+
+
+def test_an_autoencoder_of_another_kind_is_refused(tiny_autoencoder: Make, tmp_path: Path, silent, pack) -> None:
+    PixelAutoencoder().save_pretrained(tmp_path / "pixels")
+    with pytest.raises(ConfigError, match="PixelAutoencoder"):
+        AutoencoderTrainer(tiny_autoencoder(f"initial={tmp_path / 'pixels'}"), silent)
 
 
 def test_pictures_survive_the_tensor_round_trip() -> None:

@@ -157,6 +157,11 @@ class AutoencoderTrainer:
         seed_everything(config.run.seed)
         if config.initial is not None:
             self.model = load_autoencoder(config.initial)
+            if not isinstance(self.model, WorldAutoencoder):
+                raise ConfigError(
+                    f"initial={config.initial} holds a {type(self.model).__name__}; this trainer goes on with a "
+                    "WorldAutoencoder only"
+                )
             if config.decoder_only:
                 self.model.autoencoder.encoder.requires_grad_(False)
             else:
