@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,30 @@ def test_a_teacher_that_guides_on_pictures_is_refused(pipe: Any, tmp_path: Path)
     pipe.sampling["edit"] = {"image_guidance_scale": 1.5}
     with pytest.raises(ConfigError, match="image_guidance_scale"):
         Distiller(pipe, batches_for(pipe), settings(Stage(2, 1)), tmp_path)
+
+
+def test_each_task_keeps_its_own_noise_levels(pipe: Any, tmp_path: Path) -> None:
+    pipe.sampling["generate"]["shift"] = 4.0
+    source, noise = batches_for(pipe), torch.Generator().manual_seed(0)
+    teacher, pictures = Teacher(pipe, 2, STRONG, None), source(0, "image")
+    grids = [teacher.draw(batch, noise).grid for batch in pictures]
+    torch.testing.assert_close(grids[0], torch.tensor([1.0, 0.8, 0.0]))  # 4 · 0.5 / (1 + 3 · 0.5)
+    torch.testing.assert_close(grids[1], torch.tensor([1.0, 0.5, 0.0]))
+    (folder,) = Distiller(pipe, source, settings(Stage(2, 1)), tmp_path).run()
+    student = unialignment.load(folder)
+    assert (student.sampling["generate"]["shift"], student.sampling["edit"]["shift"]) == (4.0, 1.0)
+    mixed = replace(pictures[0], tasks=("generate", "edit", "edit", "edit"))
+    with pytest.raises(ConfigError, match="shift=…"):
+        teacher.draw(mixed, noise)
+    assert Teacher(pipe, 2, STRONG, 2.0).draw(mixed, noise).grid[1] == pytest.approx(2 / 3)
+
+
+def test_the_bundled_model_can_be_its_teacher(repo_root: Path, pack: Any) -> None:
+    config, nano = load_distill(repo_root / "configs" / "distill-nano.yaml"), unialignment.load("nano")
+    teacher = Teacher(nano, 2, config.guidance, config.shift)
+    batches = world_source(config, nano.tokenizer, nano.text_limit)(0, "image")
+    drawn = [teacher.draw(batch, torch.Generator().manual_seed(0)) for batch in batches]
+    assert {task for part in drawn for task in part.tasks} == {"generate", "edit", "perceive", "control", "compose"}
 
 
 @pytest.mark.parametrize(

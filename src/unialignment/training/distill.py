@@ -80,7 +80,7 @@ class DistillSettings:
         stages: In order; each has fewer steps than the one before, whose number they divide.
         trajectories: Files of trajectories to compute; the first is held out.
         guidance: Guidance scale by task; where absent the model's own default.
-        shift: Resolution shift of the noise levels; ``None``: the model's own.
+        shift: Resolution shift of the noise levels; ``None``: each task's own.
         draws: Windows of each trajectory in an update, which share its conditions.
         budget_seconds: Wall clock for everything, over all sessions; ``None``: the counts alone decide.
         draw_share: Share of the budget for trajectories.
@@ -238,8 +238,9 @@ class Distiller:
         """Writes the student as a model folder, whose sampler defaults are the few unguided steps."""
         sampling = {task: dict(values) for task, values in self.pipe.sampling.items()}
         for task in self.teacher.scales:
-            few = {"guidance_scale": 1.0, "image_guidance_scale": 1.0, "solver": "euler", "shift": self.teacher.shift}
-            sampling[task] = {**sampling.get(task, {}), **few, "num_inference_steps": stage.steps}
+            few = {"guidance_scale": 1.0, "image_guidance_scale": 1.0, "solver": "euler"}
+            few |= {"shift": self.teacher.shifts[task], "num_inference_steps": stage.steps}
+            sampling[task] = {**sampling.get(task, {}), **few}
         student = UniAlignmentPipeline(
             copy.deepcopy(self.student).eval(),
             self.pipe.text_embedder,

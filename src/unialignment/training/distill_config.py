@@ -36,7 +36,7 @@ class DistillConfig(Section):
     )  # fmt: skip
     guidance: dict[str, float] = Field(default_factory=dict, description="Scale by task. Default: the model's own.")
     shift: float | None = Field(
-        None, gt=0, description="Resolution shift of the noise levels. Default: the model's own."
+        None, gt=0, description="Resolution shift of the noise levels. Default: each task's own."
     )
     budget_seconds: float | None = Field(
         None, gt=0, description="Wall clock for everything, over all sessions. Default: the counts below alone decide."

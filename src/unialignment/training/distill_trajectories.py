@@ -107,7 +107,7 @@ class Teacher:
         pipe: The model.
         windows: Points to keep of each, less one: steps of the student.
         guidance: Guidance scale by task; where absent the model's own default.
-        shift: Resolution shift of the noise levels; ``None``: the model's own.
+        shift: Resolution shift of the noise levels; ``None``: each task's own.
 
     Raises:
         ConfigError: A scale is unusable, or the model's own sampler does what a student can't be taught here.
@@ -119,7 +119,7 @@ class Teacher:
         self.pipe, self.windows = pipe, windows
         self.scales: dict[str, float] = {}
         self.steps: dict[str, int] = {}
-        shifts: dict[str, float] = {}
+        self.shifts: dict[str, float] = {}
         for name in pipe.tasks.names:
             task = pipe.tasks.get(name)
             if task.target != "image":
@@ -127,16 +127,13 @@ class Teacher:
             own = {**task.sampling, **pipe.sampling.get(name, {})}
             self.scales[name] = float(guidance.get(name, own.get("guidance_scale", 1.0)))
             self.steps[name] = int(own.get("num_inference_steps", 20))
-            shifts[name] = float(own.get("shift", 1.0)) if shift is None else shift
+            self.shifts[name] = float(own.get("shift", 1.0)) if shift is None else shift
             Guidance(self.scales[name])  # refuses what isn't a scale
             if own.get("image_guidance_scale", 1.0) != 1.0:
                 raise ConfigError(
                     f"the model's defaults for {name} guide on source pictures (image_guidance_scale="
                     f"{own['image_guidance_scale']}), which no stage teaches; set it to 1 in model_index.json"
                 )
-        if len(set(shifts.values())) > 1:
-            raise ConfigError(f"the model's tasks have different shifts ({shifts}); say which one with shift=…")
-        self.shift = next(iter(shifts.values()))
 
     def describe(self) -> dict[str, Any]:
         """What the trajectories depend on besides the samples; JSON."""
@@ -149,7 +146,7 @@ class Teacher:
             "windows": self.windows,
             "guidance": self.scales,
             "steps": self.steps,
-            "shift": self.shift,
+            "shifts": self.shifts,
         }
 
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -163,6 +160,9 @@ class Teacher:
         """The trajectories of a batch's samples from noise of ``generator``.
 
         A window is solved in as many Euler steps as make the task's default number, rounded up.
+
+        Raises:
+            ConfigError: Tasks that share the batch have different shifts.
         """
         pipe, device = self.pipe, self.pipe.device
         assert batch.target_images is not None
@@ -172,7 +172,13 @@ class Teacher:
         shape = (len(batch), pipe.transformer.config.in_channels, side, wide)
         velocity = self._guided(batch, sources)
         inner = -(-max(self.steps[task] for task in batch.tasks) // self.windows)
-        fine = sigma_schedule(self.windows * inner, self.shift)
+        shifts = {task: self.shifts[task] for task in batch.tasks}
+        if len(set(shifts.values())) > 1:
+            raise ConfigError(
+                f"tasks that are drawn together have different shifts by the model's defaults ({shifts}); say which "
+                "one with shift=…"
+            )
+        fine = sigma_schedule(self.windows * inner, self.shifts[batch.tasks[0]])
         x = torch.randn(shape, generator=generator).to(device)
         points = [x]
         for number, (here, there) in enumerate(pairwise(fine)):
