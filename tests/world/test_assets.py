@@ -18,8 +18,11 @@ import pytest
 
 from unialignment.errors import AssetError, InputError, StorageError
 from unialignment.world import assets
-from unialignment.world.assets import NPM_STYLES, DownloadError, build_pack, draw_master, svg_document
+from unialignment.world.assets import EXTRA_STYLES, NPM_STYLES, DownloadError, build_pack, draw_master, svg_document
 from unialignment.world.classes import CLASSES, ObjectClass
+from unialignment.world.language import STYLE_ADJECTIVES
+from unialignment.world.presets import preset
+from unialignment.world.splits import is_held_out_style
 from unialignment.world.sprites import MASTER_PX, SpritePack
 
 FEW = (ObjectClass("apple", "red-apple", "1F34E"), ObjectClass("dog", "dog-face", "1F436"))
@@ -96,6 +99,41 @@ def test_npm_route(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert (recorded["license"], recorded["sha256"]) == (package.license, package.sha256)
         assert recorded["version"] == package.version and recorded["credit"]
     assert build_pack("npm", tmp_path / "b.pack", archives=archives).read_bytes() == path.read_bytes()
+
+
+def test_extra_styles(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = EXTRA_STYLES["emojione"]
+    with tarfile.open(archives / package.tarball, "w:gz") as archive:
+        icons = json.dumps(
+            {"height": 16, "width": 16, "icons": {"dog-face": {"body": '<circle cx="8" cy="8" r="5" fill="#20c040"/>'}}}
+        )
+        member = tarfile.TarInfo("package/icons.json")
+        member.size = len(icons)
+        archive.addfile(member, io.BytesIO(icons.encode()))
+    digest = hashlib.sha256((archives / package.tarball).read_bytes()).hexdigest()
+    monkeypatch.setattr(assets, "EXTRA_STYLES", {"emojione": replace(package, sha256=digest)})
+    pack = SpritePack.load(build_pack("npm", tmp_path / "a.pack", archives=archives, extra=True))
+    assert pack.styles == (*NPM_STYLES, "emojione") and pack.names == ("apple", "dog")
+    assert pack.manifest["artwork"]["emojione"]["lends"] == "openmoji"
+    assert (pack.master("apple", "emojione") == pack.master("apple", "openmoji")).all()
+    assert (pack.master("dog", "emojione") != pack.master("dog", "openmoji")).any()
+    assert preset("full", pack).styles == tuple(NPM_STYLES)  # no preset draws in the extra ones
+
+
+def test_extra_styles_need_npm(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="source='npm'"):
+        build_pack("pip", tmp_path / "a.pack", extra=True)
+    assert not (tmp_path / "a.pack").exists()
+
+
+def test_every_extra_style_has_a_word_and_spares_held_out_drawings() -> None:
+    assert set(STYLE_ADJECTIVES) == {*NPM_STYLES, *EXTRA_STYLES} and len(set(STYLE_ADJECTIVES.values())) == 7
+    names = [item.name for item in CLASSES]
+    for redrawn, original in (("fluent3d", "fluent"), ("noto-v1", "noto")):
+        assert [is_held_out_style(n, redrawn) for n in names] == [is_held_out_style(n, original) for n in names]
+    # What an extra style lacks it borrows, so the lender must not be held out.
+    lenders = {package.lends for package in EXTRA_STYLES.values()} - {None}
+    assert not any(is_held_out_style(n, style) for n in names for style in lenders if style)
 
 
 def test_pip_route(openmoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

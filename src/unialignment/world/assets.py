@@ -43,6 +43,8 @@ class NpmPackage:
         sha256: Checksum (hex) of the tarball that the registry serves.
         license: SPDX id of its content.
         credit: Name of the artwork and its makers.
+        lends: Style whose drawing stands in for a class that this one doesn't draw. A style without one must draw
+            every class of the pack.
     """
 
     name: str
@@ -50,6 +52,7 @@ class NpmPackage:
     sha256: str
     license: str
     credit: str
+    lends: str | None = None
 
     @property
     def spec(self) -> str:
@@ -92,6 +95,34 @@ NPM_STYLES: dict[str, NpmPackage] = {
         credit="OpenMoji, the open-source emoji and icon project",
     ),
 }
+EXTRA_STYLES: dict[str, NpmPackage] = {
+    "fluent3d": NpmPackage(
+        name="@iconify-json/fluent-emoji",
+        version="1.2.7",
+        sha256="8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+        license="MIT",
+        credit="Fluent Emoji (with gradients) by Microsoft",
+    ),
+    "emojione": NpmPackage(
+        name="@iconify-json/emojione",
+        version="1.2.3",
+        sha256="26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+        license="CC-BY-4.0",
+        credit="Emoji One (Colored) by Emoji One",
+        lends="openmoji",
+    ),
+    "noto-v1": NpmPackage(
+        name="@iconify-json/noto-v1",
+        version="1.2.5",
+        sha256="2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+        license="Apache-2.0",
+        credit="Noto Emoji (v1) by Google",
+        lends="openmoji",
+    ),
+}
+"""Further drawings to learn classes from (``world.styles``); no preset draws its scenes in them.
+
+OpenMoji lends what they lack, since none of its drawings is held out."""
 FILL = 0.96
 """Longest side of a drawing as a fraction of its sprite's side."""
 
@@ -109,6 +140,7 @@ def build_pack(
     destination: Path | str | None = None,
     progress: Progress | None = None,
     archives: Path | str | None = None,
+    extra: bool = False,
 ) -> Path:
     """Build the sprite pack.
 
@@ -118,23 +150,26 @@ def build_pack(
         destination: File to write; the user's cache by default.
         progress: Called after each sprite.
         archives: Folder with already downloaded npm tarballs, for machines without network access (implies npm).
+        extra: Add :data:`EXTRA_STYLES` to the four, to train on. Takes the npm route.
 
     Returns:
         The path written.
 
     Raises:
         AssetError: a tool, package or the network is missing, or a download isn't what it should be.
-        InputError: ``source`` is unknown.
+        InputError: ``source`` is unknown, or has no extra styles.
         StorageError: the destination can't be written; nothing is left half-written.
     """
     if source not in ("auto", "npm", "pip"):
         raise InputError(f"unknown artwork source {source!r}: expected auto, npm or pip")
+    if extra and source == "pip":
+        raise InputError("the pip route has one style only: build extra styles with source='npm'")
     rasterise = _rasteriser()
     if source == "auto":
-        source = "npm" if archives is not None or shutil.which("npm") else "pip"
+        source = "npm" if extra or archives is not None or shutil.which("npm") else "pip"
     path = Path(destination) if destination is not None else default_pack_path()
     if source == "npm":
-        drawings, artwork = _npm_drawings(Path(archives) if archives is not None else None)
+        drawings, artwork = _npm_drawings(Path(archives) if archives is not None else None, extra)
     else:
         drawings, artwork = _pip_drawings()
     names = sorted(set.intersection(*(set(drawings[style]) for style in drawings)))
@@ -195,16 +230,17 @@ def svg_document(body: str, left: float, top: float, width: float, height: float
     )
 
 
-def _npm_drawings(archives: Path | None) -> tuple[Drawings, dict[str, dict[str, str]]]:
+def _npm_drawings(archives: Path | None, extra: bool) -> tuple[Drawings, dict[str, dict[str, str]]]:
+    packages = {**NPM_STYLES, **EXTRA_STYLES} if extra else NPM_STYLES
     with tempfile.TemporaryDirectory(prefix="unialignment-assets-") as folder:
         where = archives if archives is not None else Path(folder)
-        for package in NPM_STYLES.values():
+        for package in packages.values():
             if archives is None:
                 _npm_pack(package, where)
             _verify(package, where)
         drawings: Drawings = {}
         artwork: dict[str, dict[str, str]] = {}
-        for style, package in NPM_STYLES.items():
+        for style, package in packages.items():
             icons = _read_json(package, where / package.tarball, "package/icons.json")
             drawings[style] = {item.name: svg for item in CLASSES if (svg := _icon_svg(icons, item.icon)) is not None}
             artwork[style] = {
@@ -214,6 +250,11 @@ def _npm_drawings(archives: Path | None) -> tuple[Drawings, dict[str, dict[str, 
                 "credit": package.credit,
                 "sha256": package.sha256,
             }
+            if package.lends is not None:
+                artwork[style]["lends"] = package.lends
+        for style, package in packages.items():
+            if package.lends is not None:
+                drawings[style] = {**drawings[package.lends], **drawings[style]}
         return drawings, artwork
 
 

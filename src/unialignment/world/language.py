@@ -24,6 +24,9 @@ STYLE_ADJECTIVES: dict[str, str] = {
     "fluent": "flat",
     "twemoji": "simple",
     "openmoji": "outlined",
+    "fluent3d": "glossy",
+    "emojione": "classic",
+    "noto-v1": "soft",
 }
 """Style id to the one adjective that names it in every text."""
 

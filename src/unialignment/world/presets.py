@@ -64,6 +64,8 @@ class WorldPreset:
 
 
 PRESETS = ("nano", "small", "full")
+STYLES = ("noto", "fluent", "twemoji", "openmoji")
+"""Styles that scenes of a preset are drawn in. A pack may have more, to train on (``world.styles``)."""
 
 
 def preset(name: str, pack: SpritePack) -> WorldPreset:
@@ -76,16 +78,17 @@ def preset(name: str, pack: SpritePack) -> WorldPreset:
         AssetError: the pack lacks classes that the preset needs.
     """
     backgrounds = tuple(BACKGROUNDS)
+    drawn = tuple(style for style in STYLES if style in pack.styles) or pack.styles
     if name == "nano":
         missing = [item for item in NANO_NAMES if item not in pack.names]
         if missing:
             raise AssetError(f"the sprite pack lacks {', '.join(missing)}: rebuild it with `unialign world build`")
-        styles = tuple(style for style in ("noto", "fluent") if style in pack.styles) or pack.styles
+        styles = tuple(style for style in ("noto", "fluent") if style in pack.styles) or drawn
         return WorldPreset("nano", 64, tuple(sorted(NANO_NAMES)), styles, (24, 32), 8, backgrounds, 3)
     if name == "small":
-        return WorldPreset("small", 128, _small_names(pack), pack.styles, (16, 24, 32), 4, backgrounds, 4)
+        return WorldPreset("small", 128, _small_names(pack), drawn, (16, 24, 32), 4, backgrounds, 4)
     if name == "full":
-        return WorldPreset("full", 128, pack.names, pack.styles, (16, 24, 32), 1, backgrounds, 5)
+        return WorldPreset("full", 128, pack.names, drawn, (16, 24, 32), 1, backgrounds, 5)
     raise InputError(f"unknown world preset {name!r}: expected one of {', '.join(PRESETS)}")
 
 
