@@ -68,7 +68,7 @@ def test_eval_prints_tables(oracle: None, capsys: pytest.CaptureFixture[str]) ->
     assert main(["eval", "--limit", "2", "--tasks", "answer"]) == 0
     printed = capsys.readouterr().out
     assert "`vqa.accuracy`" in printed
-    assert "kind of question" in printed
+    assert "kind (`vqa.by_kind`)" in printed
 
 
 def test_card_from_evaluation_to_files(

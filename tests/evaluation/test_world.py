@@ -98,7 +98,7 @@ def test_an_oracle_scores_full_marks_on_every_key(results: Results) -> None:
             continue
         assert item.value == full.get(METRICS[key].unit, 1.0), key
     assert results.by_kind
-    assert all(item.value == 1 for item in results.by_kind.values())
+    assert all(item.value == 1 for kinds in results.by_kind.values() for item in kinds.values())
 
 
 def test_every_item_has_a_seed_of_its_own(oracle: Oracle, results: Results) -> None:
@@ -125,10 +125,11 @@ def test_json_has_the_keys_at_the_top_and_comes_back(results: Results, tmp_path)
     results.save(tmp_path / "evaluation.json")
     data = json.loads((tmp_path / "evaluation.json").read_text())
     assert data["caption.objects"] == 1.0
-    assert data["vqa.by_kind"] == dict.fromkeys(results.by_kind, 1.0)
+    assert data["vqa.by_kind"] == dict.fromkeys(results.by_kind["vqa.by_kind"], 1.0)
+    assert data["edit.by_kind"] == dict.fromkeys(results.by_kind["edit.by_kind"], 1.0)
     assert data["intervals"]["caption.objects"] == [1.0, 1.0]
-    assert data["intervals"]["vqa.by_kind"] == {kind: [1.0, 1.0] for kind in results.by_kind}
-    assert set(data["intervals"]) == set(data["counts"]) | {"vqa.by_kind"}
+    assert data["intervals"]["vqa.by_kind"] == {kind: [1.0, 1.0] for kind in results.by_kind["vqa.by_kind"]}
+    assert set(data["intervals"]) == set(data["counts"]) | {"vqa.by_kind", "edit.by_kind"}
     assert Results.load(tmp_path / "evaluation.json") == results
 
 
@@ -182,7 +183,7 @@ def test_the_card_shows_every_metric_with_its_command(results: Results, tmp_path
     text = path.read_text()
     assert "unialign eval semgen-world --model oracle --seed 5 --limit 8" in text
     assert all(f"`{key}`" in text for key in results.metrics)
-    assert all(kind in text for kind in results.by_kind)
+    assert all(kind in text for kinds in results.by_kind.values() for kind in kinds)
     assert (tmp_path / "evaluation.json").exists()
 
 

@@ -47,17 +47,16 @@ def metric_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def kind_table(results: Results) -> str:
-    """Markdown table of answer accuracy by kind of question."""
+def kind_table(results: Results, key: str) -> str:
+    """Markdown table of a metric by kind of item; ``key`` is one of ``results.BY_KIND``."""
+    share = METRICS[BY_KIND[key]]
     lines = [
-        "| kind of question | right | 95 % interval | floor | ceiling | n |",
+        f"| kind (`{key}`) | {share.title} | 95 % interval | floor | ceiling | n |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    share = METRICS["vqa.accuracy"]
-    for kind, item in sorted(results.by_kind.items()):
+    for kind, item in sorted(results.by_kind[key].items()):
         interval = f"{number(item.low, share)} – {number(item.high, share)}"
-        key = f"{BY_KIND}.{kind}"
-        low, high = _reference(results.floors, key, share), _reference(results.ceilings, key, share)
+        low, high = (_reference(table, f"{key}.{kind}", share) for table in (results.floors, results.ceilings))
         lines.append(f"| {kind} | {number(item.value, share)} | {interval} | {low} | {high} | {item.count} |")
     return "\n".join(lines)
 
@@ -72,7 +71,8 @@ def render_card(results: Results, facts: dict[str, Any] | None = None) -> str:
     meanings = "\n".join(f"- `{key}`: {metric.meaning}." for key, metric in METRICS.items() if key in results.metrics)
     rows = "\n".join(f"| {name} | {value} |" for name, value in (facts or {}).items())
     top = f"| | |\n|---|---|\n{rows}\n\n" if rows else ""
-    by_kind = f"### Questions by kind\n\n{kind_table(results)}\n\n" if results.by_kind else ""
+    tables = "\n\n".join(kind_table(results, key) for key in results.by_kind)
+    by_kind = f"### Questions and edits by kind\n\n{tables}\n\n" if tables else ""
     sampler = {key: value for key, value in results.settings.items() if key != "shortened_prompts"}
     settings = f" Sampler settings other than the defaults: `{sampler}`." if sampler else ""
     if shortened := results.settings.get("shortened_prompts"):

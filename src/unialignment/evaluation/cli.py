@@ -123,8 +123,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(results.to_json(), indent=2))
     else:
         print(metric_table(results))
-        if results.by_kind:
-            print("\n" + kind_table(results))
+        for key in results.by_kind:
+            print("\n" + kind_table(results, key))
         if page is not None:
             print(f"\n{page}")
     return 0

@@ -17,8 +17,8 @@ from unialignment.errors import InputError
 from unialignment.evaluation.metrics import Estimate, estimate
 from unialignment.storage import write_text
 
-BY_KIND = "vqa.by_kind"
-"""Key under which answers are broken down by kind of question."""
+BY_KIND = {"vqa.by_kind": "vqa.accuracy", "edit.by_kind": "edit.success"}
+"""Keys under which a metric is broken down by the kind of its items: answers by question, edits by what is asked."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Results:
         seed: Seed of scenes and samplers.
         limit: Items per task.
         metrics: Estimates by dotted key.
-        by_kind: Answer accuracy by kind of question.
+        by_kind: By key of :data:`BY_KIND`, then kind: the metric on items of that kind.
         ceilings: By reference name (``"truth"``, ``"reconstruction"``), then key: what a perfect model would score.
         floors: By reference name (``"copy"``, ``"random"``), then key: what looking at nothing would score.
         settings: Sampler settings and anything else needed to repeat it.
@@ -137,7 +137,7 @@ class Results:
     seed: int
     limit: int
     metrics: dict[str, Estimate]
-    by_kind: dict[str, Estimate] = field(default_factory=dict)
+    by_kind: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     ceilings: dict[str, dict[str, float]] = field(default_factory=dict)
     floors: dict[str, dict[str, float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -146,13 +146,16 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         """JSON-serialisable form: every metric a number under its key, everything else beside."""
         data: dict[str, Any] = {key: item.value for key, item in self.metrics.items()}
-        if self.by_kind:
-            data[BY_KIND] = {kind: item.value for kind, item in self.by_kind.items()}
+        intervals: dict[str, Any] = {key: [item.low, item.high] for key, item in self.metrics.items()}
+        for key, kinds in self.by_kind.items():
+            data[key] = {kind: item.value for kind, item in kinds.items()}
+            intervals[key] = {kind: [item.low, item.high] for kind, item in kinds.items()}
         data |= {
-            "intervals": {key: [item.low, item.high] for key, item in self.metrics.items()}
-            | ({BY_KIND: {kind: [item.low, item.high] for kind, item in self.by_kind.items()}} if self.by_kind else {}),
+            "intervals": intervals,
             "counts": {key: item.count for key, item in self.metrics.items()},
-            "by_kind_detail": {kind: asdict(item) for kind, item in self.by_kind.items()},
+            "by_kind_detail": {
+                key: {kind: asdict(item) for kind, item in kinds.items()} for key, kinds in self.by_kind.items()
+            },
         }
         rest = ("model", "preset", "split", "seed", "limit", "ceilings", "floors", "settings", "seconds")
         return data | {name: getattr(self, name) for name in rest}
@@ -170,7 +173,10 @@ class Results:
                 low, high = data["intervals"][key]
                 metrics[key] = Estimate(data[key], low, high, count)
             rest = ("model", "preset", "split", "seed", "limit", "ceilings", "floors", "settings", "seconds")
-            by_kind = {kind: Estimate(**item) for kind, item in data["by_kind_detail"].items()}
+            by_kind = {
+                key: {kind: Estimate(**item) for kind, item in kinds.items()}
+                for key, kinds in data["by_kind_detail"].items()
+            }
             return cls(metrics=metrics, by_kind=by_kind, **{name: data[name] for name in rest})
         except KeyError as error:
             raise InputError(f"not an evaluation's JSON: {error} is missing; write one with `unialign eval`") from error

@@ -27,7 +27,7 @@ from unialignment.evaluation.contestants import (
 )
 from unialignment.evaluation.judge import Judge, Output
 from unialignment.evaluation.metrics import Estimate, estimate, mean_of_groups, psnr, recall_at
-from unialignment.evaluation.results import BY_KIND, Results, summarise
+from unialignment.evaluation.results import BY_KIND, METRICS, Results, summarise
 from unialignment.evaluation.semgen_world import GROUPS
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Part:
     Attributes:
         name: One of :data:`PARTS`.
         metrics: The model's estimates by key.
-        by_kind: Its answers by kind of question.
+        by_kind: By key of ``results.BY_KIND``, then kind: the metric on items of that kind.
         tables: Ceiling or floor, then key, to its mean.
         marks: The model (``""``), ceiling or floor, to its overall mark of each item, for the four groups.
         seconds: Time spent on the model's own outputs and their judging.
@@ -162,7 +162,7 @@ class Part:
 
     name: str
     metrics: dict[str, Estimate]
-    by_kind: dict[str, Estimate]
+    by_kind: dict[str, dict[str, Estimate]]
     tables: dict[str, dict[str, float]]
     marks: dict[str, list[float]]
     seconds: float
@@ -232,14 +232,13 @@ def run_part(
         marks[reference] = judged(who)
         summary = summarise([row for _, row in marks[reference]], settings.seed)
         tables[reference] = {key: item.value for key, item in summary.items()}
-        if name == "answer":
-            kinds = _by_kind(marks[reference], settings.seed)
-            tables[reference] |= {f"{BY_KIND}.{kind}": item.value for kind, item in kinds.items()}
+        for broken_down, kinds in _by_kind(name, marks[reference], settings.seed).items():
+            tables[reference] |= {f"{broken_down}.{kind}": item.value for kind, item in kinds.items()}
     key = f"semgen.{name}"
     return Part(
         name,
         summarise([row for _, row in own], settings.seed),
-        _by_kind(own, settings.seed) if name == "answer" else {},
+        _by_kind(name, own, settings.seed),
         tables,
         {who: [row[key] for _, row in rows] for who, rows in marks.items() if rows} if name in GROUPS else {},
         seconds,
@@ -268,7 +267,7 @@ def combine(parts: Sequence[Part], stream: WorldStream, settings: Settings, mode
     """
     parts = sorted(parts, key=lambda part: PARTS.index(part.name))
     metrics: dict[str, Estimate] = {}
-    by_kind: dict[str, Estimate] = {}
+    by_kind: dict[str, dict[str, Estimate]] = {}
     tables: dict[str, dict[str, float]] = {name: {} for name in (*CEILINGS, *FLOORS) if settings.references}
     marks: dict[str, list[list[float]]] = {}
     for part in parts:
@@ -343,9 +342,14 @@ def evaluate(
     return combine(parts, stream, chosen, model)
 
 
-def _by_kind(judged: Sequence[tuple[Sample, dict[str, float]]], seed: int) -> dict[str, Estimate]:
-    kinds = sorted({item.kind for item, _ in judged})
-    return {kind: estimate([row["vqa.accuracy"] for item, row in judged if item.kind == kind], seed) for kind in kinds}
+def _by_kind(name: str, judged: Sequence[tuple[Sample, dict[str, float]]], seed: int) -> dict[str, dict[str, Estimate]]:
+    found = {}
+    for key, metric in BY_KIND.items():
+        kinds = sorted({item.kind for item, row in judged if metric in row})
+        if name == METRICS[metric].task and kinds:
+            rows = {kind: [row[metric] for item, row in judged if item.kind == kind] for kind in kinds}
+            found[key] = {kind: estimate(values, seed) for kind, values in rows.items()}
+    return found
 
 
 def _unit(vectors: Any) -> np.ndarray:

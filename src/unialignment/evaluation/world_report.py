@@ -165,15 +165,19 @@ def _table(runs: Sequence[WorldRun]) -> str:
 
 
 def _kinds(runs: Sequence[WorldRun]) -> str:
-    metric, rows = METRICS["vqa.accuracy"], []
-    for run in runs:
-        for kind, found in sorted(run.results.by_kind.items()):
-            floor, ceiling = _references(run.results, f"{BY_KIND}.{kind}", metric)
-            interval = f"[{number(found.low, metric)}, {number(found.high, metric)}]"
-            cells = [*map(html.escape, (kind, run.label)), f"<b>{number(found.value, metric)}</b> {interval}"]
-            rows.append([*cells, *map(html.escape, (floor or "–", ceiling or "–")), str(found.count)])
-    head = ("kind of question", "model", "right", "floor", "ceiling", "n")
-    return "<h2>Questions by kind</h2>" + page.table(head, rows) if rows else ""
+    rows = []
+    broken_down = [
+        (run, key, kind) for key in BY_KIND for run in runs for kind in sorted(run.results.by_kind.get(key, ()))
+    ]
+    for run, key, kind in broken_down:
+        found, metric = run.results.by_kind[key][kind], METRICS[BY_KIND[key]]
+        floor, ceiling = _references(run.results, f"{key}.{kind}", metric)
+        interval = f"[{number(found.low, metric)}, {number(found.high, metric)}]"
+        texts = (metric.task, kind, run.label)
+        cells = [*map(html.escape, texts), f"<b>{number(found.value, metric)}</b> {interval}"]
+        rows.append([*cells, *map(html.escape, (floor or "–", ceiling or "–")), str(found.count)])
+    head = ("task", "kind", "model", "right", "floor", "ceiling", "n")
+    return "<h2>Questions and edits by kind</h2>" + page.table(head, rows) if rows else ""
 
 
 def _somewhere(runs: Sequence[WorldRun], key: str) -> bool:

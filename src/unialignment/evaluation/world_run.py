@@ -211,11 +211,15 @@ def read_part(folder: Path, name: str) -> Part | None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("metrics", "by_kind"):
-            data[key] = {one: Estimate(**value) for one, value in data[key].items()}
+        data["metrics"] = _estimates(data["metrics"])
+        data["by_kind"] = {key: _estimates(kinds) for key, kinds in data["by_kind"].items()}
         return Part(**{**data, "scores": tuple(data["scores"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it, and the part is judged anew") from error
+
+
+def _estimates(found: dict[str, Any]) -> dict[str, Estimate]:
+    return {key: Estimate(**value) for key, value in found.items()}
 
 
 def read_judgements(folder: Path, name: str) -> dict[int, dict[str, Any]]:
