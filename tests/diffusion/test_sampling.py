@@ -250,6 +250,35 @@ def test_two_unsure_words_do_not_go_together() -> None:
     assert parallel(truth[:1, :3], certainty[:1, :3], steps=2) == [3, 1]
 
 
+@pytest.mark.parametrize(("steps", "threshold"), [(8, 0.9), (2, 1.0)])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_word_likely_at_two_neighbouring_places_is_said_once(steps: int, threshold: float, first: bool) -> None:
+    """A model that wants word 5 at place 0 or 1 of two, and 6 at the other, and knows of the other what is written."""
+
+    def logits(ids: Tensor, positions: Tensor) -> Tensor:
+        scores = torch.zeros(1, 2, 12)
+        for place in (0, 1):
+            other = int(ids[0, 1 - place])
+            surer = first == (place == 0)
+            scores[0, place, 6 if other == 5 else 5] = 6.0 + surer
+        return scores[positions]
+
+    settings = TextDecoding(steps=steps, threshold=threshold)
+    found = decode(logits, torch.full((1, 2), MASK), MaskedPath(MASK), settings, [0])
+    assert found.tolist() == [[5, 6] if first else [6, 5]]
+    # In one pass everything has to be filled.
+    one = TextDecoding(steps=1, threshold=threshold)
+    assert decode(logits, torch.full((1, 2), MASK), MaskedPath(MASK), one, [0]).tolist() == [[5, 5]]
+
+
+def test_neighbours_that_both_end_or_were_given_do_not_wait() -> None:
+    assert parallel(torch.tensor([[7, END, END, END]]), torch.full((1, 4), SURE)) == [4]
+    logits, calls = oracle(torch.tensor([[7, 7, 8, 9]]))
+    start = torch.tensor([[7, MASK, MASK, MASK]])
+    assert decode(logits, start, MaskedPath(MASK), TextDecoding(steps=8, threshold=0.9), [0]).tolist() == [[7, 7, 8, 9]]
+    assert calls == [3]
+
+
 def test_ancestral_calls_the_model_only_when_something_is_unmasked() -> None:
     logits, calls = oracle(TRUTH[:1, :3])
     decode(logits, torch.full((1, 3), MASK), MaskedPath(MASK), TextDecoding("ancestral", 100), [4])

@@ -27,7 +27,8 @@ class TextDecoding:
     """Decoding settings.
 
     Attributes:
-        method: ``"confidence"``: each step fills the positions the model is surest of (MaskGIT, arXiv 2202.04200);
+        method: ``"confidence"``: each step fills the positions the model is surest of (MaskGIT, arXiv 2202.04200), of
+            two neighbours with the same token the surer one only, but in the last step;
             ``"ancestral"``: each position is unmasked at a random time of the reverse process (MDLM, section 3.4).
         steps: Upper bound of denoising steps; decoding stops as soon as nothing is masked.
         temperature: 0: most likely token; above: sampled.
@@ -124,6 +125,8 @@ def decoding_steps(
             chosen = masked & (rank < quota.unsqueeze(1))
             if settings.threshold < 1:
                 chosen |= _parallel(tokens, confidence, ids, masked, writable, settings.threshold, end_id)
+            if step < settings.steps - 1:
+                chosen &= ~_echoes(tokens, confidence, chosen, end_id)
         ids = torch.where(chosen, tokens, ids)
         if end_id is not None:
             ended = ((ids == end_id) & writable).cumsum(1) > 0
@@ -155,6 +158,23 @@ def _parallel(
         ended = ((torch.where(sure, tokens, ids) == end_id) & writable).cumsum(1) > 0
         open_ones &= ~ended
     return sure | (open_ones & (open_ones.sum(1, keepdim=True) == 1))
+
+
+def _echoes(tokens: Tensor, confidence: Tensor, chosen: Tensor, end_id: int | None) -> Tensor:
+    """Which chosen positions ``[B, L]`` had better wait: the less sure of two neighbours with the same token.
+
+    A word that may stand at either of two places is likely at both, as neither knows of the other in the same pass;
+    filled together they would say it twice. The next pass sees the one and decides. Ends follow ends, so they don't
+    count.
+    """
+    same = chosen[:, 1:] & chosen[:, :-1] & (tokens[:, 1:] == tokens[:, :-1])
+    if end_id is not None:
+        same &= tokens[:, 1:] != end_id
+    later_waits = confidence[:, 1:] <= confidence[:, :-1]
+    echoes = torch.zeros_like(chosen)
+    echoes[:, 1:] |= same & later_waits
+    echoes[:, :-1] |= same & ~later_waits
+    return echoes
 
 
 def _draw(logits: Tensor, masked: Tensor, settings: TextDecoding, draws: Tensor) -> tuple[Tensor, Tensor]:
