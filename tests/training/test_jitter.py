@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from unialignment.training.config import TransformerConfig
-from unialignment.training.jitter import jitter
+from unialignment.training.jitter import jitter, vary_sprite
 from unialignment.training.samples import open_data
+from unialignment.world.render import Renderer
+from unialignment.world.scene import Scene, SceneObject
 
 Make = Callable[..., TransformerConfig]
 
@@ -31,6 +33,29 @@ def test_strength_nothing_changes_nothing_and_a_generator_decides() -> None:
     assert np.abs(jitter(picture, 0.0, np.random.default_rng(1)).astype(int) - picture).max() <= 1
     first, again, other = (jitter(picture, 1.0, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_a_varied_drawing_keeps_its_place_and_its_greys(pack) -> None:
+    alone = Scene("gray", (SceneObject("dog", "noto", 32, 8, 16),))
+    renderer, rng = Renderer(pack, 64), np.random.default_rng(0)
+    plain = renderer.render(alone)
+    outside = np.ones((64, 64), bool)
+    outside[16:48, 8:40] = False
+    seen = set()
+    for _ in range(40):
+        varied = renderer.render(alone, lambda *sprite: vary_sprite(*sprite, 1.0, rng))
+        assert np.array_equal(varied[outside], plain[outside])
+        mirrored = varied.copy()
+        mirrored[16:48, 8:40] = varied[16:48, 8:40][:, ::-1]
+        same, flipped = (np.abs(each.astype(int) - plain).mean() for each in (varied, mirrored))
+        seen.add("same" if same < 0.5 else "mirrored" if flipped < 0.5 else "recoloured")
+    assert seen == {"same", "mirrored", "recoloured"}
+    # Hues turn about the grey axis: the mean of the three channels stays, white and black stay.
+    color = np.float32([[[200, 40, 90], [255, 255, 255], [0, 0, 0]]])
+    for seed in range(20):
+        turned, _ = vary_sprite(color, np.ones_like(color), 1.0, np.random.default_rng(seed))
+        assert np.allclose(np.sort(turned.mean(-1)), np.sort(color.mean(-1)), atol=1e-3)
+        assert any(np.allclose(one, 255, atol=1e-3) for one in turned[0])
 
 
 def test_only_what_is_read_in_training_is_changed(tiny: Make, pack) -> None:

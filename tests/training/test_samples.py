@@ -35,6 +35,20 @@ def test_tasks_that_share_an_index_share_the_scene_in_any_style(tiny: Make, pack
         assert stream.sample("caption", index).meta["scene"] == stream.sample("generate", index).meta["scene"]
 
 
+def test_named_questions_are_trained_on_and_validation_asks_all(tiny: Make, pack) -> None:
+    config = tiny("world.questions=[exists,exists,count]")
+
+    def asked(split: str) -> Counter[str]:
+        stream = open_stream(config, split, 0)
+        return Counter(stream.sample("answer", index, draw=False).kind for index in range(200))
+
+    seen = asked("train")
+    assert set(seen) == {"exists", "count"} and 1.4 < seen["exists"] / seen["count"] < 2.9
+    assert len(asked("held_out")) == 8
+    with pytest.raises(InputError, match=r"world.questions names why; expected kinds are .*exists"):
+        open_stream(tiny("world.questions=[exists,why]"), "train", 0)
+
+
 def test_a_style_that_the_pack_lacks_is_named(tiny: Make, pack) -> None:
     with pytest.raises(InputError, match=r"world.styles names crayon.*noto"):
         open_stream(tiny("world.styles=[noto,crayon]"), "train", 0)

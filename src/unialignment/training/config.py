@@ -102,8 +102,15 @@ class TrainedWorldSection(WorldSection):
         min_length=1,
         description="Drawing styles trained on; one named twice is twice as frequent. Default: the preset's.",
     )
+    questions: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Kinds of questions; one named twice is twice as frequent. Default: all.",
+    )
     jitter: float = Field(
-        0.0, ge=0, description="Strength of random changes to pictures that are read: turned, stretched, tones, noise."
+        0.0,
+        ge=0,
+        description="Strength of random changes to what is read: turns, tones, noise; mirrored, recoloured drawings.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Small random changes of pictures that a model reads, so that it recognises drawings it was never shown.
+"""Small random changes of pictures and drawings that a model reads, so that it recognises drawings it was never shown.
 
 A world has few drawings of each class, and a model learns them by heart: it then names what it has seen and little
 else. Turned, stretched, recoloured and noisy pictures have the same captions and answers, nearly always. Does not know
@@ -8,6 +8,7 @@ which tasks read.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -26,6 +27,8 @@ NOISE = 12.0
 """Standard deviation, of 255."""
 BLUR = 0.7
 """Radius, pixels of a picture 64 wide."""
+HUE = 0.5
+"""Radians by which a single drawing's colours are turned."""
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -54,6 +57,30 @@ def jitter(picture: Picture, strength: float, rng: np.random.Generator) -> Pictu
     values = (middle + (values - middle) * contrast) * brightness
     values += rng.standard_normal(values.shape, dtype=np.float32) * (NOISE * strength * rng.random())
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def vary_sprite(color: np.ndarray, alpha: np.ndarray, strength: float, rng: np.random.Generator) -> tuple[Any, Any]:
+    """One drawing, mirrored or not and with its hues turned: another drawing of the same class, style, size and place.
+
+    Args:
+        color: Premultiplied colour, ``[S, S, 3]``.
+        alpha: ``[S, S, 3]``.
+        strength: Share of :data:`HUE`, and twice the chance of a mirror image (a half at most).
+        rng: Source of all choices.
+
+    Returns:
+        Colour and alpha.
+    """
+    if rng.random() < min(0.5, 0.5 * strength):
+        color, alpha = color[:, ::-1], alpha[:, ::-1]
+    # Half of them keep their colours: many a class is known by them.
+    if rng.random() < 0.5:
+        angle = rng.uniform(-HUE, HUE) * strength
+        cosine, sine = math.cos(angle), math.sin(angle) / math.sqrt(3)
+        turn = np.full((3, 3), (1 - cosine) / 3) + cosine * np.eye(3)  # about the axis of greys (Rodrigues' formula)
+        turn += sine * np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+        color = color @ turn.T.astype(np.float32)
+    return color, alpha
 
 
 def _moved(picture: Picture, strength: float, rng: np.random.Generator) -> Image.Image:

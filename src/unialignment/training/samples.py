@@ -25,7 +25,7 @@ from unialignment.model.tokenizer import TextTokenizer
 from unialignment.tasks import TASKS
 from unialignment.training.batching import Batch, collate
 from unialignment.training.config import SourceSection, TransformerConfig
-from unialignment.training.jitter import jitter
+from unialignment.training.jitter import jitter, vary_sprite
 
 VALIDATION_SEED = 20_000_003
 """Seed of the validation samples; the same for every run, so that runs compare."""
@@ -76,12 +76,14 @@ def fits(sample: Sample, tokenizer: TextTokenizer, limit: int) -> bool:
 def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], seed: int) -> Any:
     """The world's sample stream of a configuration.
 
-    ``world.styles`` holds for the split that is trained on; other scenes, which validation measures, stay the preset's.
+    ``world.styles`` and ``world.questions`` hold for the split that is trained on; what validation measures stays the
+    preset's.
 
     Raises:
-        InputError: a style that the sprite pack doesn't have.
+        InputError: a style that the sprite pack doesn't have, or an unknown kind of question.
     """
     from unialignment.world.presets import preset
+    from unialignment.world.questions import KINDS
     from unialignment.world.sprites import SpritePack
     from unialignment.world.stream import WorldStream
 
@@ -96,14 +98,10 @@ def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], 
                 f"{', '.join(pack.styles)}. Rebuild it with `unialign world build --extra`, or leave them out"
             )
         chosen = replace(chosen, styles=tuple(world.styles))
-    return WorldStream(
-        pack,
-        chosen,
-        split,
-        seed,
-        varied=world.varied,
-        long=world.long,
-    )
+    kinds = world.questions if world.questions and split == world.split else KINDS
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise InputError(f"world.questions names {', '.join(unknown)}; expected kinds are {', '.join(KINDS)}")
+    return WorldStream(pack, chosen, split, seed, varied=world.varied, long=world.long, questions=kinds)
 
 
 QUARANTINE = "quarantine.jsonl"
@@ -134,9 +132,15 @@ class WorldSamples:
         if self.strength and TASKS.get(task).target == "text":
             # A picture of its own for every number, hence nothing that could be kept for it would be used again.
             rng = np.random.default_rng([_JITTER, place, number])
-            sample = replace(sample, sources=tuple(jitter(picture, self.strength, rng) for picture in sample.sources))
+            if pictures:
+                sample = replace(sample, sources=(self._read(sample.meta["scene"], rng),))
             keys = tuple(f"{key}:jitter:{self.strength}:{number}" for key in keys)
         return replace(sample, meta={**sample.meta, "pictures": keys})
+
+    def _read(self, scene: Any, rng: np.random.Generator) -> Any:
+        """A picture of a scene to read: no drawing in it, nor the whole, is quite as ever before."""
+        drawn = self.stream.renderer.render(scene, lambda color, alpha: vary_sprite(color, alpha, self.strength, rng))
+        return jitter(drawn, self.strength, rng)
 
     def bare(self, task: str, number: int, attempt: int = 0) -> tuple[Sample, tuple[str, ...]]:
         """:meth:`sample` without drawing its pictures, and a key of each of them."""

@@ -6,7 +6,7 @@ language or of how scenes are sampled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from unialignment.world.sprites import ArrayCache, SpritePack
 
 GRADIENT = 0.10
 """Backgrounds are this much lighter at the top and darker at the bottom than their mean."""
+
+Change = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""From a sprite's premultiplied colour (0-255) and alpha (0-1), both float32 ``[S, S, 3]``, to others."""
 
 LAYER_BYTES = 640 << 20
 """Memory that a renderer may hold prepared sprites in. All of the full preset's take 500 MB, the nano preset's 4 MB."""
@@ -63,8 +66,12 @@ class Renderer:
         self._backgrounds: dict[str, np.ndarray] = {}
         self._layers = ArrayCache[tuple[str, str, int]](LAYER_BYTES)
 
-    def render(self, scene: Scene) -> np.ndarray:
+    def render(self, scene: Scene, change: Change | None = None) -> np.ndarray:
         """The picture, uint8 ``[R, R, 3]``.
+
+        Args:
+            scene: What to draw.
+            change: Applied to every object's sprite before it is drawn, e.g. to recolour it.
 
         Raises:
             InputError: unknown class, style or background, or an object that leaves the canvas.
@@ -78,6 +85,10 @@ class Renderer:
         for item in scene.objects:
             rows, columns = self._window(item)
             color, transparency, _ = self._layer(item)
+            if change is not None:
+                alpha = 1 - transparency
+                color, alpha = change(color - alpha * np.float32(0.5), alpha)
+                color, transparency = np.clip(color, 0, alpha * 255) + alpha * np.float32(0.5), 1 - alpha
             window = canvas[rows, columns]
             window *= transparency
             window += color

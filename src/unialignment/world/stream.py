@@ -5,7 +5,7 @@ Puts together what the other modules of the world know; knows nothing of models,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from unialignment.world import captions, compositions, edits, perception, questi
 from unialignment.world import language as lang
 from unialignment.world.layout import Split, sample_scene
 from unialignment.world.presets import WorldPreset
+from unialignment.world.questions import KINDS
 from unialignment.world.render import Renderer
 from unialignment.world.scene import Scene
 from unialignment.world.splits import is_held_out_style
@@ -46,6 +47,7 @@ class WorldStream:
         varied: Fraction of indices at which generate, infill and control use a freely worded caption instead of the
             canonical one. The target of caption is always canonical.
         long: Fraction of the varied prompts of generate that are long captions, of 60 words and more.
+        questions: Kinds of questions that answer draws from, evenly; one named twice is twice as frequent.
         renderer: Draws the pictures; by default one for the preset's resolution.
 
     Raises:
@@ -61,6 +63,7 @@ class WorldStream:
         *,
         varied: float = 0.5,
         long: float = 0.0,
+        questions: Sequence[str] = KINDS,
         renderer: Renderer | None = None,
     ) -> None:
         if split not in SPLITS:
@@ -71,6 +74,7 @@ class WorldStream:
         self.seed = seed
         self.varied = varied
         self.long = long
+        self.questions = tuple(questions)
         self.renderer = renderer if renderer is not None else Renderer(pack, preset.resolution)
         self._makers: dict[str, Callable[[np.random.Generator, int, bool], Sample]] = {
             "generate": self._generate,
@@ -161,7 +165,7 @@ class WorldStream:
 
     def _answer(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
         question = None
-        kind = lang.pick(rng, questions.KINDS)
+        kind = lang.pick(rng, self.questions)
         while question is None:
             if kind == "relation":
                 scene = self._scene(rng, count=2 + int(rng.random() * (self.preset.max_objects - 1)))
