@@ -259,6 +259,15 @@ def test_each_task_keeps_its_own_noise_levels(pipe: Any, tmp_path: Path) -> None
     assert Teacher(pipe, 2, STRONG, 2.0).draw(mixed, noise).grid[1] == pytest.approx(2 / 3)
 
 
+def test_a_student_carries_the_sampler_that_it_is_given(pipe: Any, tmp_path: Path) -> None:
+    chosen = {"solver": "dpmpp", "num_inference_steps": 3}
+    (folder,) = Distiller(pipe, batches_for(pipe), settings(Stage(4, 1), sampler=chosen), tmp_path).run()
+    student = unialignment.load(folder)
+    assert {**student.sampling["generate"], **chosen} == student.sampling["generate"]
+    assert student.sampling["generate"]["guidance_scale"] == 1.0
+    assert student.generate("a dog", seed=0).settings["solver"] == "dpmpp"
+
+
 def test_the_bundled_model_can_be_its_teacher(repo_root: Path, pack: Any) -> None:
     config, nano = load_distill(repo_root / "configs" / "distill-nano.yaml"), unialignment.load("nano")
     teacher = Teacher(nano, 2, config.guidance, config.shift)
@@ -303,6 +312,7 @@ def test_the_configuration_of_the_bundled_model_is_usable(repo_root: Path, pipe:
         ("steps=[0]", "steps.0"),
         ("mixture={generate: -1, edit: 2}", "mixture.generate"),
         ("mixture={paint: 3}", "paint"),
+        ("sampler={solvr: heun}", "did you mean 'solver'"),
         ("mixture={generate: 0, edit: 0, perceive: 0, control: 0, compose: 0}", "draws"),
     ],
 )

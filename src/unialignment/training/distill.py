@@ -18,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +95,8 @@ class DistillSettings:
         checkpoint_every: Updates between checkpoints.
         log_every: Updates between log lines.
         seed: Of noise and order.
+        sampler: Defaults that the students carry instead of as many Euler steps as they have windows. A student of the
+            teacher's own number of steps has learned guidance only, and may be sampled as the teacher may.
 
     Raises:
         ConfigError: the stages aren't in order, or a number is out of range.
@@ -118,6 +120,7 @@ class DistillSettings:
     checkpoint_every: int = 50
     log_every: int = 20
     seed: int = 0
+    sampler: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = [stage.steps for stage in self.stages]
@@ -240,7 +243,7 @@ class Distiller:
         for task in self.teacher.scales:
             few = {"guidance_scale": 1.0, "image_guidance_scale": 1.0, "solver": "euler"}
             few |= {"shift": self.teacher.shifts[task], "num_inference_steps": stage.steps}
-            sampling[task] = {**sampling.get(task, {}), **few}
+            sampling[task] = {**sampling.get(task, {}), **few, **self.settings.sampler}
         student = UniAlignmentPipeline(
             copy.deepcopy(self.student).eval(),
             self.pipe.text_embedder,

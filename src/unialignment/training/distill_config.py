@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from unialignment.errors import InputError
+from unialignment.inputs import merge_options
 from unialignment.tasks import TASKS
 from unialignment.training.batching import Batch, collate
 from unialignment.training.config import Section, WorldSection, merge, parse_overrides, read_yaml, validate
@@ -51,6 +52,10 @@ class DistillConfig(Section):
     updates: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (600, 600), description="Updates of each stage, at most; the budget is shared out likewise."
     )
+    sampler: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Sampler defaults of the students. Default: as many unguided Euler steps as they were taught.",
+    )
     draws: int = Field(4, ge=1, description="Windows of a trajectory in an update, which share its conditions.")
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(3e-4, gt=0)
@@ -66,6 +71,10 @@ class DistillConfig(Section):
             raise ValueError("mixture: at least one task that draws needs samples")
         if len(self.updates) != len(self.steps):
             raise ValueError(f"updates: {len(self.updates)} numbers for {len(self.steps)} stages (steps)")
+        try:
+            merge_options(TASKS.get("generate"), {}, self.sampler)
+        except InputError as error:
+            raise ValueError(f"sampler: {error}") from None
         return self
 
     def _counts(self) -> list[tuple[str, int]]:
@@ -97,6 +106,7 @@ class DistillConfig(Section):
             "checkpoint_every",
             "log_every",
             "seed",
+            "sampler",
         )
         return DistillSettings(stages=stages, **{name: getattr(self, name) for name in names})
 
