@@ -131,6 +131,9 @@ def test_json_has_the_keys_at_the_top_and_comes_back(results: Results, tmp_path)
     assert data["intervals"]["vqa.by_kind"] == {kind: [1.0, 1.0] for kind in results.by_kind["vqa.by_kind"]}
     assert set(data["intervals"]) == set(data["counts"]) | {"vqa.by_kind", "edit.by_kind"}
     assert Results.load(tmp_path / "evaluation.json") == results
+    data["by_kind_detail"] = data["by_kind_detail"]["vqa.by_kind"]  # as versions before edits by kind wrote it
+    with pytest.raises(InputError, match="of another version"):
+        Results.from_json(data)
 
 
 def test_unusable_results_are_refused(tmp_path) -> None:

@@ -114,7 +114,7 @@ def test_extra_styles(archives: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(assets, "EXTRA_STYLES", {"emojione": replace(package, sha256=digest)})
     pack = SpritePack.load(build_pack("npm", tmp_path / "a.pack", archives=archives, extra=True))
     assert pack.styles == (*NPM_STYLES, "emojione") and pack.names == ("apple", "dog")
-    assert pack.manifest["artwork"]["emojione"]["lends"] == "openmoji"
+    assert pack.manifest["artwork"]["emojione"]["lender"] == "openmoji"
     assert (pack.master("apple", "emojione") == pack.master("apple", "openmoji")).all()
     assert (pack.master("dog", "emojione") != pack.master("dog", "openmoji")).any()
     assert preset("full", pack).styles == tuple(NPM_STYLES)  # no preset draws in the extra ones
@@ -132,7 +132,7 @@ def test_every_extra_style_has_a_word_and_spares_held_out_drawings() -> None:
     for redrawn, original in (("fluent3d", "fluent"), ("noto-v1", "noto")):
         assert [is_held_out_style(n, redrawn) for n in names] == [is_held_out_style(n, original) for n in names]
     # What an extra style lacks it borrows, so the lender must not be held out.
-    lenders = {package.lends for package in EXTRA_STYLES.values()} - {None}
+    lenders = {package.lender for package in EXTRA_STYLES.values()} - {None}
     assert not any(is_held_out_style(n, style) for n in names for style in lenders if style)
 
 

@@ -165,7 +165,7 @@ class Results:
         """Inverse of :meth:`to_json`.
 
         Raises:
-            InputError: a field is missing.
+            InputError: a field is missing, or has the form of another version.
         """
         try:
             metrics = {}
@@ -180,6 +180,8 @@ class Results:
             return cls(metrics=metrics, by_kind=by_kind, **{name: data[name] for name in rest})
         except KeyError as error:
             raise InputError(f"not an evaluation's JSON: {error} is missing; write one with `unialign eval`") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"an evaluation of another version ({error}); repeat it with `unialign eval`") from error
 
     def save(self, path: Path) -> None:
         """Write the JSON form.

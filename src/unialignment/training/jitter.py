@@ -8,7 +8,6 @@ which tasks read.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -59,7 +58,9 @@ def jitter(picture: Picture, strength: float, rng: np.random.Generator) -> Pictu
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
-def vary_sprite(color: np.ndarray, alpha: np.ndarray, strength: float, rng: np.random.Generator) -> tuple[Any, Any]:
+def vary_sprite(
+    color: np.ndarray, alpha: np.ndarray, strength: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """One drawing, mirrored or not and with its hues turned: another drawing of the same class, style, size and place.
 
     Args:

@@ -112,7 +112,7 @@ class WorldSamples:
     """The sprite world's stream, with substitutes, and with a pool of scenes where embeddings are kept of them.
 
     ``chunks`` and :meth:`epoch_length` are those of :class:`~unialignment.data.mixture.UserStream`. ``strength`` is
-    that of :func:`~unialignment.training.jitter.jitter` on pictures of tasks whose target is a text.
+    that of :mod:`~unialignment.training.jitter` on pictures of tasks whose target is a text.
     """
 
     def __init__(self, stream: Any, counts: Mapping[str, int], pool: int | None = None, strength: float = 0.0) -> None:
@@ -127,9 +127,10 @@ class WorldSamples:
     def sample(self, task: str, number: int, attempt: int = 0, pictures: bool = True) -> Sample:
         """The sample of a task at a number; ``attempt`` above 0 gives a substitute."""
         place = (number % self.pool if self.pool else number) + attempt * _ELSEWHERE
-        sample: Sample = self.stream.sample(task, place, pictures)
+        changed = bool(self.strength) and TASKS.get(task).target == "text"
+        sample: Sample = self.stream.sample(task, place, pictures and not changed)
         keys = _world_keys(sample, place)
-        if self.strength and TASKS.get(task).target == "text":
+        if changed:
             # A picture of its own for every number, hence nothing that could be kept for it would be used again.
             rng = np.random.default_rng([_JITTER, place, number])
             if pictures:

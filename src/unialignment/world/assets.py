@@ -43,7 +43,7 @@ class NpmPackage:
         sha256: Checksum (hex) of the tarball that the registry serves.
         license: SPDX id of its content.
         credit: Name of the artwork and its makers.
-        lends: Style whose drawing stands in for a class that this one doesn't draw. A style without one must draw
+        lender: Style whose drawing stands in for a class that this one doesn't draw. A style without one must draw
             every class of the pack.
     """
 
@@ -52,7 +52,7 @@ class NpmPackage:
     sha256: str
     license: str
     credit: str
-    lends: str | None = None
+    lender: str | None = None
 
     @property
     def spec(self) -> str:
@@ -109,7 +109,7 @@ EXTRA_STYLES: dict[str, NpmPackage] = {
         sha256="26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
         license="CC-BY-4.0",
         credit="Emoji One (Colored) by Emoji One",
-        lends="openmoji",
+        lender="openmoji",
     ),
     "noto-v1": NpmPackage(
         name="@iconify-json/noto-v1",
@@ -117,7 +117,7 @@ EXTRA_STYLES: dict[str, NpmPackage] = {
         sha256="2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
         license="Apache-2.0",
         credit="Noto Emoji (v1) by Google",
-        lends="openmoji",
+        lender="openmoji",
     ),
 }
 """Further drawings to learn classes from (``world.styles``); no preset draws its scenes in them.
@@ -250,11 +250,11 @@ def _npm_drawings(archives: Path | None, extra: bool) -> tuple[Drawings, dict[st
                 "credit": package.credit,
                 "sha256": package.sha256,
             }
-            if package.lends is not None:
-                artwork[style]["lends"] = package.lends
+            if package.lender is not None:
+                artwork[style]["lender"] = package.lender
         for style, package in packages.items():
-            if package.lends is not None:
-                drawings[style] = {**drawings[package.lends], **drawings[style]}
+            if package.lender is not None:
+                drawings[style] = {**drawings[package.lender], **drawings[style]}
         return drawings, artwork
 
 
