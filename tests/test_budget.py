@@ -19,7 +19,7 @@ import unialignment
 from unialignment import budget
 from unialignment.budget import MemoryChoice
 from unialignment.cli import main
-from unialignment.commands.loading import parse_lora
+from unialignment.commands.loading import path_and_scale
 from unialignment.errors import InputError
 from unialignment.memory import measured_peak, size_of, tensors_of
 from unialignment.model.autoencoder import PixelAutoencoder
@@ -216,7 +216,7 @@ def test_commands_say_what_was_chosen(tiny_folder: Path, tmp_path: Path, capsys:
         (["--offload", "model"], "name the accelerator"),
         (["--lora", "x.safetensors", "--quantize", "8bit"], "unialign merge"),
         (["--lora", "absent.safetensors"], "no LoRA at"),
-        (["--lora", ":0.5"], "FILE:SCALE"),
+        (["--lora", ":0.5"], "PATH:SCALE"),
     ):
         assert main([*command, *wrong]) == 2
         assert message in capsys.readouterr().err
@@ -255,7 +255,7 @@ def test_commands_with_a_lora(tiny_folder: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_lora_arguments() -> None:
-    assert parse_lora("a.safetensors") == ("a.safetensors", 1.0)
-    assert parse_lora("a.safetensors:0.8") == ("a.safetensors", 0.8)
-    assert parse_lora("C:\\loras\\a.safetensors") == ("C:\\loras\\a.safetensors", 1.0)
-    assert parse_lora("C:\\loras\\a.safetensors:-1") == ("C:\\loras\\a.safetensors", -1.0)
+    assert path_and_scale("a.safetensors") == ("a.safetensors", 1.0)
+    assert path_and_scale("a.safetensors:0.8") == ("a.safetensors", 0.8)
+    assert path_and_scale("C:\\loras\\a.safetensors") == ("C:\\loras\\a.safetensors", 1.0)
+    assert path_and_scale("C:\\loras\\a.safetensors:-1") == ("C:\\loras\\a.safetensors", -1.0)

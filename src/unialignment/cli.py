@@ -108,7 +108,7 @@ COMMANDS: dict[str, Command] = {
         "configure_runs",
     ),
     "merge": Command(
-        "write a model with a LoRA added to its weights",
+        "write a model with a LoRA, or what several runs changed, added to its weights",
         "weights:merge",
         "unialign merge models/base runs/mine/lora --out models/mine",
         "configure_merge",

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from unialignment.cli import main
 from unialignment.errors import CheckpointError, InputError, StorageError
-from unialignment.model.convert import MANIFEST_NAME, convert, merge_folder
+from unialignment.model.convert import MANIFEST_NAME, add_runs, convert, merge_folder
+from unialignment.model.folders import CHECKSUMS_NAME
 from unialignment.model.lora import add_lora, load_lora, save_lora
 from unialignment.model.streaming import format_size, parse_size, read_entries
 from unialignment.pipeline import UniAlignmentPipeline
@@ -202,6 +203,63 @@ def test_commands(published_folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["merge", *arguments[:2], "--out", str(tmp_path / "other")]) == 0
     said = capsys.readouterr().out
     assert all(f"unmatched {name}: not a LoRA weight" in said for name in strange)
+
+
+def _trained(
+    base: Path, folder: Path, seed: int, part: str = "transformer", share: str = "norm"
+) -> dict[str, torch.Tensor]:
+    """A run from ``base`` that has changed the tensors of one part whose names contain ``share``; the changes."""
+    shutil.copytree(base, folder)
+    (folder / CHECKSUMS_NAME).unlink(missing_ok=True)
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    state, dice = load_file(file), torch.Generator().manual_seed(seed)
+    changes = {name: torch.randn(weight.shape, generator=dice) * 0.1 for name, weight in state.items() if share in name}
+    assert changes
+    save_file(
+        state | {name: (state[name].float() + change).to(state[name].dtype) for name, change in changes.items()}, file
+    )
+    return changes
+
+
+def test_runs_from_one_start_are_added(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_folder
+    one = _trained(base, tmp_path / "one", 1, share="to_q")
+    two = _trained(base, tmp_path / "two", 2, share="attn")
+    arguments = [str(base), "--run", f"{tmp_path / 'one'}", "--run", f"{tmp_path / 'two'}:0.5"]
+    assert main(["merge", *arguments, "-o", str(tmp_path / "sum"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["changed"] == {"transformer": len(two), "text_embedder": 0}
+    before, after = (
+        load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (base, tmp_path / "sum")
+    )
+    for name, weight in before.items():
+        expected = weight.float() + one.get(name, 0) + 0.5 * two.get(name, torch.zeros(()))
+        torch.testing.assert_close(after[name].float(), expected, atol=2e-3, rtol=1e-3)
+    others = {k: v for k, v in tensors(tmp_path / "sum").items() if not k.startswith("transformer/")}
+    assert others == {k: v for k, v in tensors(base).items() if not k.startswith("transformer/")}
+    UniAlignmentPipeline.from_pretrained(tmp_path / "sum", device="cpu")
+    # Nothing added is the start, bit for bit.
+    add_runs(base, [(tmp_path / "one", 0.0), (base, 1.0)], tmp_path / "same")
+    assert tensors(tmp_path / "same") == tensors(base)
+
+
+def test_what_was_not_started_here_is_not_added(
+    tiny_folder: Path, published_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _trained(tiny_folder, tmp_path / "latents", 1, part="autoencoder", share="")
+    shutil.copytree(tiny_folder, tmp_path / "larger")
+    file = tmp_path / "larger" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"extra": torch.zeros(2)}, file)
+    (tmp_path / "larger" / CHECKSUMS_NAME).unlink(missing_ok=True)
+    for run, message in (("latents", "wasn't started from"), ("larger", "other tensors"), (published_folder, "layout")):
+        with pytest.raises(CheckpointError, match=message):
+            add_runs(tiny_folder, [(tmp_path / run, 1.0)], tmp_path / "sum")
+        assert not (tmp_path / "sum").exists()
+    with pytest.raises(InputError, match="no runs"):
+        add_runs(tiny_folder, [], tmp_path / "sum")
+    out = ["-o", str(tmp_path / "sum")]
+    assert main(["merge", str(tiny_folder), *out]) == 2
+    assert main(["merge", str(tiny_folder), "a.safetensors", "--run", "b", *out]) == 2
+    assert "either a LoRA or runs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 MB", 1_500_000), ("7", 7), ("2g", 2**31)])

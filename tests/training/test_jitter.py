@@ -7,11 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from unialignment.errors import ConfigError
 from unialignment.training.config import TransformerConfig
 from unialignment.training.jitter import jitter, vary_sprite
 from unialignment.training.samples import open_data
 from unialignment.world.render import Renderer
 from unialignment.world.scene import Scene, SceneObject
+from unialignment.world.splits import is_held_out
 
 Make = Callable[..., TransformerConfig]
 
@@ -77,3 +79,30 @@ def test_features_of_a_changed_picture_are_not_taken_for_the_scenes(tiny: Make, 
     assert first.meta["scene"] == later.meta["scene"]
     keys = {first.meta["pictures"], later.meta["pictures"], data.sample("generate", 1).meta["pictures"]}
     assert len(keys) == 3
+
+
+def test_a_share_of_what_is_read_shows_any_of_the_packs_classes(tiny: Make, pack) -> None:
+    plain, mixed = open_data(tiny()), open_data(tiny("world.others=0.5"))
+    other = []
+    for place in range(40):
+        captions = plain.sample("caption", place), mixed.sample("caption", place)
+        other.append(captions[0].meta["scene"] != captions[1].meta["scene"])
+        # What shares an index shares its scene, or isn't called a pair.
+        gaps, drawn = mixed.sample("infill", place), mixed.sample("generate", place)
+        assert gaps.meta["scene"] == captions[1].meta["scene"]
+        assert gaps.pair_id == captions[1].pair_id
+        assert (drawn.pair_id == captions[1].pair_id) == (drawn.meta["scene"] == captions[1].meta["scene"])
+        assert drawn.meta["scene"] == plain.sample("generate", place).meta["scene"]
+    assert 8 <= sum(other) <= 32
+    names = {item.name for place in range(40) for item in mixed.sample("caption", place).meta["scene"].objects}
+    assert names - set(plain.stream.preset.names)
+    assert all(
+        not is_held_out(mixed.sample(task, i).meta["scene"]) for task in ("caption", "answer") for i in range(40)
+    )
+    held = [open_data(tiny(setting), split="held_out") for setting in ("world.others=1", "world.others=0")]
+    assert held[0].sample("caption", 5).meta["scene"] == held[1].sample("caption", 5).meta["scene"]
+
+
+def test_a_teacher_knows_no_other_scenes(tiny: Make) -> None:
+    with pytest.raises(ConfigError, match=r"world\.others"):
+        tiny("world.others=0.5", "teacher.name=package")

@@ -42,11 +42,11 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vae-tiling", action="store_true", help="encode and decode large pictures tile by tile")
 
 
-def parse_lora(text: str) -> tuple[str, float]:
-    """``FILE[:SCALE]`` as a path and a strength, 1 unless given.
+def path_and_scale(text: str, option: str = "--lora") -> tuple[str, float]:
+    """``PATH[:SCALE]`` as a path and a strength, 1 unless given.
 
     Raises:
-        InputError: There is no file name.
+        InputError: There is no path; ``option`` is named.
     """
     path, colon, scale = text.rpartition(":")
     if colon:
@@ -57,7 +57,7 @@ def parse_lora(text: str) -> tuple[str, float]:
     else:
         path, strength = text, 1.0
     if not path:
-        raise InputError(f"--lora wants FILE or FILE:SCALE, got {text!r}")
+        raise InputError(f"{option} wants PATH or PATH:SCALE, got {text!r}")
     return path, strength
 
 
@@ -72,7 +72,7 @@ def load_pipeline(args: argparse.Namespace) -> UniAlignmentPipeline:
     from unialignment.offloading import accelerator
 
     given: dict[str, Any] = vars(args)
-    loras = [parse_lora(text) for text in given.get("lora") or []]
+    loras = [path_and_scale(text) for text in given.get("lora") or []]
     offload, max_memory = given.get("offload"), given.get("max_memory")
     if offload and max_memory:
         raise InputError("--max-memory chooses the offloading itself; leave out --offload")

@@ -18,18 +18,36 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
 def configure_merge(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``unialign merge``."""
     parser.add_argument("model", help="packaged name, folder, or hub id")
-    parser.add_argument("lora", type=Path, help="LoRA file, or a folder with one")
-    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="strength; 1 is as trained")
+    parser.add_argument("lora", type=Path, nargs="?", help="LoRA file, or a folder with one")
+    parser.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="DIR[:X]",
+        help="add what a run from this model changed, X times (1); may be repeated",
+    )
+    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="the LoRA's strength; 1 is as trained")
     _add_writing(parser)
 
 
 def merge(args: argparse.Namespace) -> int:
-    """Write a model with a LoRA added to its weights."""
-    from unialignment.commands.loading import unmatched_lines
-    from unialignment.model.convert import merge_folder
+    """Write a model with a LoRA, or with what several runs changed, added to its weights."""
+    from unialignment.commands.loading import path_and_scale, unmatched_lines
+    from unialignment.errors import InputError
+    from unialignment.model.convert import add_runs, merge_folder
     from unialignment.model.folders import resolve_model
 
+    if (args.lora is None) == (not args.run):
+        raise InputError("give either a LoRA or runs to add: unialign merge MODEL LORA, or MODEL --run DIR --run DIR")
     started = time.perf_counter()
+    if args.run:
+        runs = [path_and_scale(text, "--run") for text in args.run]
+        changed = add_runs(resolve_model(args.model), runs, args.out, args.max_shard_size)
+        facts = {"path": str(args.out), "changed": changed, "runs": [[str(run), scale] for run, scale in runs]}
+        counted = ", ".join(f"{count} of {part}" for part, count in changed.items())
+        lines = [f"Added {len(runs)} run(s); changed tensors: {counted}.", str(args.out)]
+        common.say(args, {**facts, "seconds": common.seconds(started)}, lines)
+        return 0
     report = merge_folder(resolve_model(args.model), args.lora, args.out, args.scale, args.max_shard_size)
     data = {"path": str(args.out), "matched": list(report.matched), "unmatched": dict(report.unmatched)}
     common.say(

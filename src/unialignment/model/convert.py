@@ -1,5 +1,5 @@
 """Model folders into other model folders: between our layout and the published one, from Stable Diffusion 3's into ours
-as a start for training, and with a LoRA merged.
+as a start for training, with a LoRA merged, and with the changes of several training runs added up.
 
 Weights are streamed from file to file, so a model of any size needs next to no memory; tensors keep their type and
 every bit, so there and back gives the same weights. What only the published layout has (scheduler, tokenizer files,
@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from unialignment.model.published import (
 from unialignment.model.streaming import (
     Entry,
     FolderWriter,
+    entry_tensor,
     need_space,
     parse_size,
     read_entries,
@@ -177,6 +178,95 @@ def merge_folder(
             writer, {"from": layout, "to": layout, "source": model.name, "tensors": len(entries), "merged": facts}
         )
     return report
+
+
+def add_runs(
+    model: str | Path,
+    runs: Sequence[tuple[str | Path, float]],
+    destination: str | Path,
+    max_shard_size: str | int = DEFAULT_SHARD,
+) -> dict[str, int]:
+    """Write a model folder whose weights are ``model + Σ scale · (run - model)``, in float32, tensor by tensor.
+
+    Task arithmetic (Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023): what runs from one start learned
+    each by itself, in one model. It is a start for a short run of all tasks rather than a finished model.
+
+    Args:
+        model: A folder of our layout, from which all runs were started; only read.
+        runs: Model folders and the strengths of their changes; 1 is as trained.
+        destination: Folder to write; must not exist or be empty.
+        max_shard_size: Largest weight file.
+
+    Returns:
+        Number of tensors that any run has changed, by component.
+
+    Raises:
+        InputError: No runs.
+        CheckpointError: A folder is unusable, or a run differs from the model in more than its transformer's and text
+            embedder's weights: it wasn't started from it.
+        StorageError: It can't be written; nothing is left half-written.
+    """
+    if not runs:
+        raise InputError("no runs to add: name at least one model folder that was trained from this one")
+    model, shard = Path(model), parse_size(max_shard_size)
+    folders = [Path(folder) for folder, _ in runs]
+    for folder in (model, *folders):
+        if folder_layout(folder) != "unialignment":
+            raise CheckpointError(f"{folder} isn't a model folder of our layout; `unialign convert` makes one of it")
+        verify_checksums(folder)
+    learned = any((model / "text_embedder").glob("diffusion_pytorch_model*"))  # a T5 isn't trained along
+    parts = ["transformer", "text_embedder"] if learned else ["transformer"]
+    summed, changed = {}, {}
+    for part in parts:
+        entries = read_entries(model / part)
+        others = [read_entries(folder / part) for folder in folders]
+        changed[part] = 0
+        for name, entry in entries.items():
+            steps = []
+            for (run, scale), other in zip(runs, others, strict=True):
+                if other.keys() != entries.keys() or other[name].shape != entry.shape:
+                    raise CheckpointError(f"{run}: its {part} has other tensors than {model}: not trained from it")
+                if not _equal(entry, other[name]):
+                    steps.append((other[name], scale))
+            if steps:
+                entries[name] = replaced(entry, partial(_moved, steps=steps))
+                changed[part] += 1
+        summed[part] = entries
+    with _writing(model, Path(destination)) as writer:
+        for file in sorted(model.rglob("*")):
+            name = file.relative_to(model).as_posix()
+            inside = "/" in name or name == INDEX_NAME  # a card would be of other weights
+            if not file.is_file() or not inside or (name.split("/")[0] in parts and "safetensors" in file.name):
+                continue
+            if file.suffix == ".safetensors":
+                _same_weights(file, [folder / name for folder in folders])
+            writer.copy(file, name)
+        for part, entries in summed.items():
+            writer.tensors(part, "diffusion_pytorch_model", entries, shard)
+        facts = {"source": model.name, "added": [{"model": str(run), "scale": scale} for run, scale in runs]}
+        _manifest(writer, {"from": "unialignment", "to": "unialignment", **facts})
+    return changed
+
+
+def _equal(one: Entry, other: Entry) -> bool:
+    return one.dtype == other.dtype and b"".join(one.read()) == b"".join(other.read())
+
+
+def _moved(weight: torch.Tensor, steps: list[tuple[Entry, float]]) -> torch.Tensor:
+    start = weight.float()
+    total = start.clone()
+    for entry, scale in steps:
+        total += scale * (entry_tensor(entry).float() - start)
+    return total
+
+
+def _same_weights(file: Path, others: list[Path]) -> None:
+    """Refuses runs whose latents are others: their transformers can't be added."""
+    ours = read_entries(file)
+    for other in others:
+        theirs = read_entries(other) if other.exists() else {}
+        if theirs.keys() != ours.keys() or any(not _equal(entry, theirs[name]) for name, entry in ours.items()):
+            raise CheckpointError(f"{other} differs from {file}: that run wasn't started from this model")
 
 
 # -------------------------------------------------------------------------------------------------------- whole folders

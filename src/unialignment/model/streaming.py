@@ -114,17 +114,31 @@ def replaced(entry: Entry, change: Callable[[Tensor], Tensor]) -> Entry:
     Raises:
         CheckpointError: It isn't of a floating-point type.
     """
-    if entry.dtype not in _TYPES:
-        raise CheckpointError(f"a tensor of type {entry.dtype} can't be changed; convert the model to float first")
+    _floating(entry)
 
     def read() -> Iterator[bytes]:
-        data = bytearray(b"".join(entry.read()))
-        old = torch.frombuffer(data, dtype=_TYPES[entry.dtype]).view(entry.shape)
+        old = entry_tensor(entry)
         new = change(old).to(old.dtype).contiguous()
         assert new.shape == old.shape
         yield new.flatten().view(torch.uint8).numpy().tobytes()
 
     return Entry(entry.dtype, entry.shape, entry.size, read)
+
+
+def entry_tensor(entry: Entry) -> Tensor:
+    """The tensor of an entry, read into memory.
+
+    Raises:
+        CheckpointError: It isn't of a floating-point type.
+    """
+    dtype = _floating(entry)
+    return torch.frombuffer(bytearray(b"".join(entry.read())), dtype=dtype).view(entry.shape)
+
+
+def _floating(entry: Entry) -> torch.dtype:
+    if entry.dtype not in _TYPES:
+        raise CheckpointError(f"a tensor of type {entry.dtype} can't be changed; convert the model to float first")
+    return _TYPES[entry.dtype]
 
 
 def tensor_entry(tensor: Tensor) -> Entry:

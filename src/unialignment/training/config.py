@@ -112,6 +112,10 @@ class TrainedWorldSection(WorldSection):
         ge=0,
         description="Strength of random changes to what is read: turns, tones, noise; mirrored, recoloured drawings.",
     )
+    others: Fraction = Field(
+        0.0,
+        description="Share of what is read whose objects are any of the sprite pack's classes, not the preset's alone.",
+    )
 
 
 class OptimizerSection(Section):
@@ -399,6 +403,8 @@ class TransformerConfig(Section):
         if self.world.jitter and (self.data.cache is not None or self.teacher.name is not None):
             kept = "a feature cache (data.cache)" if self.data.cache is not None else "a teacher (teacher.name)"
             raise ValueError(f"world.jitter shows a picture anew each time, {kept} keeps it as it was: use only one")
+        if self.world.others and self.teacher.name is not None:
+            raise ValueError("world.others: a teacher's embeddings are kept of the preset's scenes alone: set it to 0")
         for section in ("mixture", "task_weights"):
             for name in getattr(self, section):
                 _known_task(name, section)

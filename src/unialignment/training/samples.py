@@ -31,8 +31,11 @@ VALIDATION_SEED = 20_000_003
 """Seed of the validation samples; the same for every run, so that runs compare."""
 
 _JITTER = 0x6A6974
+_OTHERS = 0x6F746872
 _ELSEWHERE = 1 << 40
 """Offset of the substitutes for samples that do not fit; no run is that long."""
+_OTHER_PAIRS = 1 << 60
+"""Offset of the pair ids of scenes of any classes: what ``generate`` shows at their index is another scene."""
 
 Micro = tuple[list[Batch], dict[str, int]]
 """Batches of one micro-batch, and the number of samples replaced because a text did not fit, by task."""
@@ -73,11 +76,11 @@ def fits(sample: Sample, tokenizer: TextTokenizer, limit: int) -> bool:
     return tokenizer.encode([text])[0].shape[1] <= task.target_length
 
 
-def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], seed: int) -> Any:
+def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], seed: int, others: bool = False) -> Any:
     """The world's sample stream of a configuration.
 
     ``world.styles`` and ``world.questions`` hold for the split that is trained on; what validation measures stays the
-    preset's.
+    preset's. ``others``: with objects of all classes of the sprite pack (``world.others``).
 
     Raises:
         InputError: a style that the sprite pack doesn't have, or an unknown kind of question.
@@ -90,6 +93,8 @@ def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], 
     pack = SpritePack.load(config.world.pack)
     world = config.world
     chosen = preset(world.preset, pack)
+    if others:
+        chosen = replace(chosen, names=pack.names)
     if world.styles and split == world.split:
         unknown = sorted(set(world.styles) - set(pack.styles))
         if unknown:
@@ -112,11 +117,21 @@ class WorldSamples:
     """The sprite world's stream, with substitutes, and with a pool of scenes where embeddings are kept of them.
 
     ``chunks`` and :meth:`epoch_length` are those of :class:`~unialignment.data.mixture.UserStream`. ``strength`` is
-    that of :mod:`~unialignment.training.jitter` on pictures of tasks whose target is a text.
+    that of :mod:`~unialignment.training.jitter` on pictures of tasks whose target is a text; ``share`` of them come
+    from ``others``, a stream of more classes: the more drawings, the less it helps to learn each by heart.
     """
 
-    def __init__(self, stream: Any, counts: Mapping[str, int], pool: int | None = None, strength: float = 0.0) -> None:
+    def __init__(
+        self,
+        stream: Any,
+        counts: Mapping[str, int],
+        pool: int | None = None,
+        strength: float = 0.0,
+        others: Any = None,
+        share: float = 0.0,
+    ) -> None:
         self.stream, self.pool, self.strength = stream, pool, strength
+        self.others, self.share = others, share
         # One stride for all tasks: those that show the same scene at the same index meet in one micro-batch,
         # which is where the contrastive loss finds its pairs.
         self.chunks = dict.fromkeys(counts, max(counts.values(), default=1))
@@ -127,9 +142,17 @@ class WorldSamples:
     def sample(self, task: str, number: int, attempt: int = 0, pictures: bool = True) -> Sample:
         """The sample of a task at a number; ``attempt`` above 0 gives a substitute."""
         place = (number % self.pool if self.pool else number) + attempt * _ELSEWHERE
-        changed = bool(self.strength) and TASKS.get(task).target == "text"
-        sample: Sample = self.stream.sample(task, place, pictures and not changed)
+        read = TASKS.get(task).target == "text"
+        changed = bool(self.strength) and read
+        # The same for all tasks at a place, as these may show one scene.
+        other = bool(self.share) and read and np.random.default_rng([_OTHERS, place]).random() < self.share
+        stream = self.others if other else self.stream
+        sample: Sample = stream.sample(task, place, pictures and not changed)
         keys = _world_keys(sample, place)
+        if other:
+            keys = tuple(f"{key}:others" for key in keys)
+            if sample.pair_id is not None:
+                sample = replace(sample, pair_id=sample.pair_id + _OTHER_PAIRS)
         if changed:
             # A picture of its own for every number, hence nothing that could be kept for it would be used again.
             rng = np.random.default_rng([_JITTER, place, number])
@@ -192,12 +215,15 @@ def open_data(
     data = config.data
     seed = config.run.seed if split == "train" else VALIDATION_SEED
     counts = {task: count for task, count in config.mixture.items() if count}
+    others = config.world.others if split == "train" else 0.0
     world = (
         WorldSamples(
             open_stream(config, config.world.split if split == "train" else split, seed),
             counts,
             pool,
             config.world.jitter if split == "train" else 0.0,
+            open_stream(config, config.world.split, seed, others=True) if others else None,
+            others,
         )
         if not data.sources or any(source.format == "world" for source in data.sources)
         else None
