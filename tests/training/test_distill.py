@@ -268,6 +268,22 @@ def test_a_student_carries_the_sampler_that_it_is_given(pipe: Any, tmp_path: Pat
     assert student.generate("a dog", seed=0).settings["solver"] == "dpmpp"
 
 
+def test_a_student_goes_on_from_an_earlier_one(pipe: Any, tmp_path: Path) -> None:
+    stage = settings(Stage(2, 20))
+    (folder,) = Distiller(pipe, batches_for(pipe), stage, tmp_path / "one").run()
+    earlier = unialignment.load(folder).transformer
+    fresh, later = (Distiller(pipe, batches_for(pipe), stage, tmp_path / "one", initial=it) for it in (None, earlier))
+    for distiller in (fresh, later):
+        distiller.trajectories = TrajectoryStore(
+            tmp_path / "one" / "trajectories", {**distiller.teacher.describe(), "seed": 0}
+        )
+    assert later.held_out(Stage(2, 20)) < 0.9 * fresh.held_out(Stage(2, 20))
+    for name, weight in later.original.state_dict().items():  # the teacher stays what it was
+        assert torch.equal(weight, fresh.original.state_dict()[name])
+    with pytest.raises(ConfigError, match=r"initial.*other tensors"):
+        Distiller(pipe, batches_for(pipe), stage, tmp_path / "two", initial=torch.nn.Linear(2, 2))
+
+
 def test_the_bundled_model_can_be_its_teacher(repo_root: Path, pack: Any) -> None:
     config, nano = load_distill(repo_root / "configs" / "distill-nano.yaml"), unialignment.load("nano")
     teacher = Teacher(nano, 2, config.guidance, config.shift)

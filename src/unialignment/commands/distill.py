@@ -40,6 +40,9 @@ def distill(args: argparse.Namespace) -> int:
             print(text, file=sys.stderr, flush=True)
 
     source = world_source(config, pipe.tokenizer, pipe.text_limit)
-    folders = [str(folder) for folder in Distiller(pipe, source, settings, config.dir, say).run()]
+    initial = unialignment.load(config.initial, device=pipe.device).transformer if config.initial else None
+    distiller = Distiller(pipe, source, settings, config.dir, say, initial)
+    del initial
+    folders = [str(folder) for folder in distiller.run()]
     common.say(args, {"paths": folders, "seconds": common.seconds(started)}, folders)
     return 0

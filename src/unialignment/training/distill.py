@@ -29,6 +29,7 @@ from torch import Tensor
 
 from unialignment.diffusion import MaskedPath
 from unialignment.errors import ConfigError, UniAlignmentError
+from unialignment.model import UniAlignmentTransformer
 from unialignment.pipeline import UniAlignmentPipeline
 from unialignment.storage import storage_error, write_text
 from unialignment.training.batching import Batch
@@ -143,6 +144,10 @@ class Distiller:
         settings: How.
         folder: Run folder: trajectories, checkpoints, ``metrics.jsonl``, and a student ``model-<steps>`` of each stage.
         say: Receives one line now and then.
+        initial: Transformer that the student starts from; default: the teacher's.
+
+    Raises:
+        ConfigError: ``initial`` has other tensors than the teacher's transformer.
     """
 
     def __init__(
@@ -152,10 +157,19 @@ class Distiller:
         settings: DistillSettings,
         folder: Path,
         say: Callable[[str], None] = lambda _: None,
+        initial: UniAlignmentTransformer | None = None,
     ) -> None:
         self.pipe, self.source, self.settings, self.folder, self.say = pipe, source, settings, folder, say
         self.original = pipe.transformer.eval().requires_grad_(False)
         self.student = copy.deepcopy(self.original).requires_grad_(True)
+        if initial is not None:
+            try:
+                self.student.load_state_dict(initial.state_dict())
+            except RuntimeError as error:
+                raise ConfigError(
+                    "initial: its transformer has other tensors than the teacher's; name a student of this teacher, or "
+                    f"of one of the same sizes ({str(error).splitlines()[-1].strip()})"
+                ) from None
         self.masked = MaskedPath(pipe.tokenizer.mask_token_id)
         self.teacher = Teacher(pipe, settings.stages[0].steps, settings.guidance, settings.shift)
         self.store = CheckpointStore(folder / "checkpoints", keep=1)

@@ -24,6 +24,10 @@ class DistillConfig(Section):
 
     kind: Literal["distill"] = "distill"
     model: str = Field("nano", description="Teacher: packaged name, folder or hub id.")
+    initial: str | None = Field(
+        None,
+        description="Model whose transformer the student starts from, like an earlier student. Default: the teacher.",
+    )
     dir: Path = Field(Path("runs/distill"), description="Run folder; students are in its model-<steps>/.")
     seed: int = Field(0, ge=0, description="Seed of data and noise.")
     device: str = Field("auto", description="auto, cpu, cuda, mps.")
