@@ -60,7 +60,8 @@ def call(pipe: UniAlignmentPipeline, name: str, kind: str, given: list, **option
 def options_for(name: str) -> dict:
     if TASKS.get(name).target == "text":
         return {"temperature": 1.0}
-    return {"num_inference_steps": 3, "guidance_scale": 2.5, "image_guidance_scale": 1.5}
+    solver = "stochastic" if name == "compose" else "euler"
+    return {"num_inference_steps": 3, "guidance_scale": 2.5, "image_guidance_scale": 1.5, "solver": solver}
 
 
 @pytest.mark.parametrize(("name", "kind"), EACH_KIND)

@@ -69,7 +69,7 @@ class ImageOptions(CommonOptions, total=False):
         best_of_text: Compare with this text instead, one or one for each input: for edits, whose prompt is an
             instruction, what the result should show.
         guidance_interval: ``(low, high)`` noise levels in 0–1 between which guidance applies.
-        solver: ``"euler"``, ``"heun"`` or ``"dpmpp"``.
+        solver: ``"euler"``, ``"heun"``, ``"dpmpp"`` or ``"stochastic"``.
         shift: Resolution shift of the noise levels; 1 is none.
         width: Pixels; the model's own size unless given.
         height: Pixels.

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unialignment.conditioning import Condition, Denoiser
-from unialignment.diffusion import Guidance, MaskedPath, TextDecoding, decode, seeded_normal, sigma_schedule, solve
+from unialignment.diffusion import Guidance, MaskedPath, SeededNoise, TextDecoding, decode, sigma_schedule, solve
 from unialignment.diffusion.guidance import Branch
 from unialignment.diffusion.solvers import SOLVERS
 from unialignment.errors import InputError
@@ -84,9 +84,9 @@ def draw(
             denoiser = _denoiser(pipe, requests, sources, rows, guidance, options["use_cache"])
             denoiser.plan(sigmas[:-1])
             velocity = _guided_velocity(denoiser, guidance, bool(requests[rows[0]].sources))
-            noise = seeded_normal([samples[index][1] for index in indices], shape).to(pipe.device)
+            fresh = SeededNoise([samples[index][1] for index in indices], shape)
             hook = _step_hook(pipe, options["callback_on_step_end"], indices, sigmas, bar)
-            latents = solve(velocity, noise, sigmas, options["solver"], hook)
+            latents = solve(velocity, fresh().to(pipe.device), sigmas, options["solver"], hook, fresh)
             for index, row, picture in zip(indices, rows, pipe.decode_latents(latents), strict=True):
                 pictures[index] = picture.crop(sources.content(row)) if task.size_from_source else picture
             if ranking is not None:

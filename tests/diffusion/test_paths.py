@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from unialignment.diffusion import FlowPath, MaskedPath, seeded_normal, shift_sigma
+from unialignment.diffusion import FlowPath, MaskedPath, SeededNoise, shift_sigma
 from unialignment.errors import ConfigError
 
 MASK = 9
@@ -89,9 +89,11 @@ def test_sample_space_is_the_velocity_error_times_its_weight(sigma: float, floor
 
 
 def test_noise_of_a_sample_is_its_seeds_alone() -> None:
-    many = seeded_normal([5, 6, 7], (2, 3))
-    torch.testing.assert_close(many[1], seeded_normal([6], (2, 3))[0], atol=0, rtol=0)
-    assert not torch.equal(many[0], many[1])
+    many, one = SeededNoise([5, 6, 7], (2, 3)), SeededNoise([6], (2, 3))
+    first, second = many(), many()
+    torch.testing.assert_close(first[1], one()[0], atol=0, rtol=0)
+    torch.testing.assert_close(second[1], one()[0], atol=0, rtol=0)
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], second[0])
 
 
 def test_shift_one_changes_nothing_and_keeps_the_ends() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from unialignment.diffusion import (
     Guidance,
     MaskedPath,
+    SeededNoise,
     TextDecoding,
     decode,
     sigma_schedule,
@@ -95,6 +96,31 @@ def test_dpmpp_is_diffusers_where_both_are_second_order() -> None:
     for timestep, sigma in zip(scheduler.timesteps, sigmas, strict=False):
         x = scheduler.step(velocity(x, sigma), timestep, x, return_dict=False)[0]
     torch.testing.assert_close(solve(velocity, noise, sigmas, "dpmpp"), x, atol=1e-5, rtol=0)
+
+
+def test_stochastic_is_diffusers_too_and_noises_anew() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    shape, velocity = (1, 2, 2), gaussian_velocity(0.3)
+    fresh = SeededNoise([5, 6], shape)
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    scheduler.set_timesteps(6)
+    sigmas = [float(sigma) for sigma in scheduler.sigmas]
+    found = solve(velocity, fresh(), sigmas, "stochastic", fresh=fresh)
+    # Their one generator for all samples is ours where there is one sample.
+    for row, seed in enumerate((5, 6)):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1, *shape, generator=generator)
+        for timestep, sigma in zip(scheduler.timesteps, sigmas, strict=False):
+            x = scheduler.step(velocity(x, sigma), timestep, x, generator=generator, return_dict=False)[0]
+        scheduler.set_timesteps(6)
+        torch.testing.assert_close(found[row : row + 1], x, atol=1e-5, rtol=0)
+    # A model that knows the truth arrives there, whatever the noise on its way.
+    truth = torch.full((2, *shape), 0.7)
+    exact = solve(lambda x, sigma: (x - truth) / sigma, fresh(), sigma_schedule(4), "stochastic", fresh=fresh)
+    torch.testing.assert_close(exact, truth)
+    with pytest.raises(InputError, match="fresh"):
+        solve(velocity, truth, sigma_schedule(4), "stochastic")
 
 
 def test_second_order_pays_at_few_steps() -> None:

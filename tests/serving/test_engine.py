@@ -78,6 +78,7 @@ def every_kind(pictures: list[Any]) -> list[TaskRequest]:
                      "num_images_per_prompt": 3, "shift": 2.0},
         ),
         TaskRequest("generate", None, options={"seed": 5, "guidance_scale": 1.0, "num_inference_steps": 3}),
+        TaskRequest("generate", "a cat", options={"seed": 3, "solver": "stochastic", "num_images_per_prompt": 2}),
         TaskRequest("generate", "a dog", options={"seed": 1, "best_of": 3, "num_images_per_prompt": 2}),
         TaskRequest(
             "edit", "red", (first,),

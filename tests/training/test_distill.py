@@ -80,8 +80,8 @@ def test_trajectories_are_the_pipelines_own(pipe: Any) -> None:
     noise = found.points[0]
     import unialignment.sampling as sampling
 
-    drawn = sampling.seeded_normal
-    sampling.seeded_normal = lambda seeds, shape: noise[2:3]
+    drawn = sampling.SeededNoise
+    sampling.SeededNoise = lambda seeds, shape: lambda: noise[2:3]
     try:
         source = (batch.sources[0][2].permute(1, 2, 0) + 1) * 127.5
         pipe.edit(
@@ -92,7 +92,7 @@ def test_trajectories_are_the_pipelines_own(pipe: Any) -> None:
             callback_on_step_end=start_there,
         )
     finally:
-        sampling.seeded_normal = drawn
+        sampling.SeededNoise = drawn
     # The picture was rounded to eight bits on its way in; guidance of 20 magnifies that.
     torch.testing.assert_close(reached[1], found.points[1, 2:3], atol=0.05, rtol=0.05)
     torch.testing.assert_close(reached[3], found.points[2, 2:3], atol=0.05, rtol=0.05)

@@ -48,7 +48,7 @@ def add_image_sampling(parser: argparse.ArgumentParser, sources: bool) -> None:
         group.add_argument("--image-guidance-scale", type=float, metavar="X", help="pull towards the pictures given")
     group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels 0–1")
     group.add_argument("--negative-prompt", help="what to move away from")
-    group.add_argument("--solver", choices=("euler", "heun", "dpmpp"), help="ODE solver (default: the model's)")
+    group.add_argument("--solver", choices=("euler", "heun", "dpmpp", "stochastic"), help="(default: the model's)")
     group.add_argument("-n", "--num-images", type=int, default=1, metavar="N", help="pictures for each prompt")
     group.add_argument("--best-of", type=int, default=1, metavar="N", help="draw N for each, keep the best match")
     group.add_argument("--best-of-text", metavar="TEXT", help="match with this instead of the prompt")

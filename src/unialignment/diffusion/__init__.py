@@ -1,6 +1,6 @@
 """The two diffusion processes, their solvers and decoders. Nothing here knows of networks, tasks or files."""
 
-from unialignment.diffusion.base import DiffusionPath, PathSample, seeded_normal
+from unialignment.diffusion.base import DiffusionPath, PathSample, SeededNoise
 from unialignment.diffusion.decoding import TextDecoding, decode, decoding_steps
 from unialignment.diffusion.flow import FlowPath, shift_sigma
 from unialignment.diffusion.guidance import Guidance
@@ -13,10 +13,10 @@ __all__ = [
     "Guidance",
     "MaskedPath",
     "PathSample",
+    "SeededNoise",
     "TextDecoding",
     "decode",
     "decoding_steps",
-    "seeded_normal",
     "shift_sigma",
     "sigma_schedule",
     "solve",

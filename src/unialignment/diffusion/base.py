@@ -50,12 +50,19 @@ class DiffusionPath(Protocol):
         ...
 
 
-def seeded_normal(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal ``[len(seeds), *shape]``, sample i from ``seeds[i]`` alone, whatever its neighbours are.
+class SeededNoise:
+    """Standard normal ``[len(seeds), *shape]``, another at every call: what sampling starts from, then fresh noise.
 
-    Always drawn on the CPU in float32, so that a seed means the same picture on every device.
+    Sample i's is from ``seeds[i]`` alone, whatever its neighbours are. Always drawn on the CPU in float32, so that a
+    seed means the same picture on every device.
     """
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self._shape = tuple(shape)
+
+    def __call__(self) -> Tensor:
+        return torch.stack([torch.randn(*self._shape, generator=generator) for generator in self._generators])
 
 
 def drive(steps: Generator[tuple[Any, ...], Tensor, Tensor], answer: Callable[..., Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Solvers of the probability-flow ODE dx/dσ = v(x, σ), from noise (σ = 1) to data (σ = 0).
+"""Solvers of the probability-flow ODE dx/dσ = v(x, σ), and a stochastic one, from noise (σ = 1) to data (σ = 0).
 
 Know nothing of networks or guidance: the velocity is a function.
 """
@@ -21,7 +21,9 @@ Velocity = Callable[[Tensor, float], Tensor]
 """``(x [B, C, H, W], σ) -> dx/dσ [B, C, H, W]``."""
 StepCallback = Callable[[int, float, Tensor], Tensor | None]
 """``(step, σ reached, x) -> replacement x or None``, after every step."""
-SOLVERS = ("euler", "heun", "dpmpp")
+Noise = Callable[[], Tensor]
+"""Fresh standard normal noise ``[B, C, H, W]`` at every call."""
+SOLVERS = ("euler", "heun", "dpmpp", "stochastic")
 
 
 def sigma_schedule(steps: int, shift: float = 1.0) -> list[float]:
@@ -43,6 +45,7 @@ def solve(
     sigmas: list[float],
     solver: str = "euler",
     callback: StepCallback | None = None,
+    fresh: Noise | None = None,
 ) -> Tensor:
     """Integrates from ``sigmas[0]`` to ``sigmas[-1]``.
 
@@ -51,28 +54,38 @@ def solve(
         noise: ``[B, C, H, W]`` at ``sigmas[0]``.
         sigmas: Decreasing noise levels.
         solver: ``"euler"`` (one evaluation a step), ``"heun"`` (two, second order; the last step to σ = 0 is Euler,
-            as in EDM, arXiv 2206.00364, algorithm 1) or ``"dpmpp"`` (one, second order from the step before:
-            DPM-Solver++(2M), see :func:`_dpmpp`).
+            as in EDM, arXiv 2206.00364, algorithm 1), ``"dpmpp"`` (one, second order from the step before:
+            DPM-Solver++(2M), see :func:`_dpmpp`) or ``"stochastic"`` (one; not the ODE: each step noises the model's
+            x̂ anew, x_there = (1 − σ_there)·x̂ + σ_there·z with fresh z ~ N(0, 1), as diffusers'
+            ``stochastic_sampling`` of flow matching and the multistep sampling of consistency models, arXiv
+            2303.01469, algorithm 1. Errors of earlier steps are not carried on in the noise).
         callback: Called after every step.
+        fresh: Noise for ``"stochastic"``.
 
     Raises:
-        InputError: unknown solver.
+        InputError: unknown solver, or ``"stochastic"`` without ``fresh``.
     """
-    return drive(solver_steps(noise, sigmas, solver, callback), velocity)
+    return drive(solver_steps(noise, sigmas, solver, callback, fresh), velocity)
 
 
 def solver_steps(
-    noise: Tensor, sigmas: list[float], solver: str = "euler", callback: StepCallback | None = None
+    noise: Tensor,
+    sigmas: list[float],
+    solver: str = "euler",
+    callback: StepCallback | None = None,
+    fresh: Noise | None = None,
 ) -> Generator[tuple[Tensor, float], Tensor, Tensor]:
     """:func:`solve` turned inside out: yields ``(x, σ)``, is sent the velocity there, and returns the solution.
 
     Whoever drives several of these can evaluate what they ask for in one pass, at different noise levels.
 
     Raises:
-        InputError: unknown solver.
+        InputError: unknown solver, or ``"stochastic"`` without ``fresh``.
     """
     if solver not in SOLVERS:
         raise InputError(f"solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}.")
+    if solver == "stochastic" and fresh is None:
+        raise InputError("solver='stochastic' needs fresh=: a function that returns noise of x's shape.")
     x = noise
     earlier: tuple[float, Tensor] | None = None
     for step, (here, there) in enumerate(pairwise(sigmas)):
@@ -81,6 +94,11 @@ def solver_steps(
             clean = x - here * slope
             following = _dpmpp(x, clean, here, there, earlier)
             earlier = here, clean
+        elif solver == "stochastic":
+            following = (1 - there) * (x - here * slope)
+            if there > 0:
+                assert fresh is not None
+                following = following + there * fresh().to(x)
         else:
             following = x + (there - here) * slope
             if solver == "heun" and there > 0:

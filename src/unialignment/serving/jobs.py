@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unialignment.diffusion import decoding_steps, seeded_normal, solver_steps
+from unialignment.diffusion import SeededNoise, decoding_steps, solver_steps
 from unialignment.diffusion.guidance import Branch
 from unialignment.outputs import ImageResult, TextResult
 from unialignment.reranking import Reranker
@@ -46,8 +46,8 @@ class Sample:
         plan, device = job.plan, job.pipe.device
         self._steps: Generator[Any, Tensor, Tensor]
         if isinstance(plan, ImagePlan):
-            noise = seeded_normal([plan.seeds[index]], plan.shape).to(device)
-            self._steps = solver_steps(noise, list(plan.sigmas), plan.solver, self._image_step)
+            fresh = SeededNoise([plan.seeds[index]], plan.shape)
+            self._steps = solver_steps(fresh().to(device), list(plan.sigmas), plan.solver, self._image_step, fresh)
         else:
             assert isinstance(plan, TextPlan)
             ids, seeds = plan.canvas.unsqueeze(0).to(device), [plan.seeds[index]]

@@ -15,7 +15,7 @@ Seed = Annotated[int | None, Field(ge=0, le=2**62, description="Repeatable resul
 Priority = Annotated[int, Field(ge=-10, le=10, description="Higher ones leave the queue first.")]
 Timeout = Annotated[float | None, Field(ge=0.001, le=3600, description="Seconds until the request fails.")]
 OutputFormat = Literal["png", "jpeg", "webp"]
-Solver = Literal["euler", "heun", "dpmpp"]
+Solver = Literal["euler", "heun", "dpmpp", "stochastic"]
 
 
 class Strict(BaseModel):
