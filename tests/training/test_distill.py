@@ -311,9 +311,9 @@ def test_bad_settings(stages: tuple[Stage, ...], changes: dict[str, Any], messag
 def test_the_configuration_of_the_bundled_model_is_usable(repo_root: Path, pipe: Any) -> None:
     config = load_distill(repo_root / "configs" / "distill-nano.yaml", ["guidance.generate=4", "mixture.answer=0"])
     found = config.settings()
-    assert [stage.steps for stage in found.stages] == [10, 5]
+    assert [stage.steps for stage in found.stages] == [20]
     assert found.guidance == {"generate": 4}
-    assert found.budget_seconds == 1500
+    assert found.budget_seconds == 1800
     source = world_source(config, pipe.tokenizer, 200)
     assert {task for batch in source(0, "text") for task in batch.tasks} == {"caption", "infill"}
     assert source(3, "text")[0].target_ids.tolist() == source(3, "text")[0].target_ids.tolist()
@@ -323,8 +323,8 @@ def test_the_configuration_of_the_bundled_model_is_usable(repo_root: Path, pipe:
     ("override", "message"),
     [
         ("stepz=[4]", "steps"),
-        ("steps=[8,3]", "dividing"),
-        ("steps=[8]", "stages"),
+        ("steps=[8,3]\nupdates=[1,1]", "dividing"),
+        ("steps=[8,4]", "stages"),
         ("steps=[0]", "steps.0"),
         ("mixture={generate: -1, edit: 2}", "mixture.generate"),
         ("mixture={paint: 3}", "paint"),
@@ -336,5 +336,5 @@ def test_bad_configurations_are_explained(
     repo_root: Path, tmp_path: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(repo_root / "configs" / "distill-nano.yaml")
-    assert main(["distill", config, f"dir={tmp_path}", "model=/nowhere", override, "--quiet"]) == 2
+    assert main(["distill", config, f"dir={tmp_path}", "model=/nowhere", *override.splitlines(), "--quiet"]) == 2
     assert message in capsys.readouterr().err
