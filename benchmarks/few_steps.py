@@ -1,7 +1,7 @@
 """Few-step students beside their teacher: seconds, and SemGen-World's four groups on the same items and seeds.
 
     unialign distill configs/distill-nano.yaml
-    python benchmarks/few_steps.py runs/distill-nano/model-10 runs/distill-nano/model-5 --limit 25
+    python benchmarks/few_steps.py runs/distill-nano/model-20 --limit 25
 
 Contestants draw the same batches in turns. Seconds are of drawing alone: the processor's with one thread, else of the
 clock. `--limit 0 --batch-size 1 --threads 2` tells the seconds of one picture on two cores, without judging any. Scores
