@@ -315,6 +315,7 @@ def draw_figure(data: Mapping[str, Any], path: Path) -> None:
         axis.invert_yaxis()
         axis.set_title(f"{metrics[column]}: difference, 95 %", fontsize=9)
         axis.tick_params(axis="x", labelsize=7)
+        axis.locator_params(axis="x", nbins=4)  # more labels of small differences would overlap
     figure.suptitle(data["title"], fontsize=10)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
