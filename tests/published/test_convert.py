@@ -237,6 +237,13 @@ def test_runs_from_one_start_are_added(tiny_folder: Path, tmp_path: Path, capsys
     others = {k: v for k, v in tensors(tmp_path / "sum").items() if not k.startswith("transformer/")}
     assert others == {k: v for k, v in tensors(base).items() if not k.startswith("transformer/")}
     UniAlignmentPipeline.from_pretrained(tmp_path / "sum", device="cpu")
+    # A run is written in float32, whatever its start was.
+    half = tmp_path / "half"
+    UniAlignmentPipeline.from_pretrained(base, device="cpu").save_pretrained(
+        half, dtypes={"transformer": "float16", "autoencoder": "float16", "text_embedder": "float16"}
+    )
+    UniAlignmentPipeline.from_pretrained(half, device="cpu").save_pretrained(tmp_path / "full")
+    assert add_runs(half, [(tmp_path / "full", 1.0)], tmp_path / "whole") == {"transformer": 0, "text_embedder": 0}
     # Nothing added is the start, bit for bit.
     add_runs(base, [(tmp_path / "one", 0.0), (base, 1.0)], tmp_path / "same")
     assert tensors(tmp_path / "same") == tensors(base)
