@@ -257,7 +257,15 @@ def test_what_was_not_started_here_is_not_added(
     file = tmp_path / "larger" / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file) | {"extra": torch.zeros(2)}, file)
     (tmp_path / "larger" / CHECKSUMS_NAME).unlink(missing_ok=True)
-    for run, message in (("latents", "wasn't started from"), ("larger", "other tensors"), (published_folder, "layout")):
+    shutil.copytree(tiny_folder, tmp_path / "words")
+    (tmp_path / "words" / "tokenizer" / "tokenizer.json").write_text("{}")
+    (tmp_path / "words" / CHECKSUMS_NAME).unlink()
+    for run, message in (
+        ("words", "other words"),
+        ("latents", "wasn't started from"),
+        ("larger", "other tensors"),
+        (published_folder, "layout"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             add_runs(tiny_folder, [(tmp_path / run, 1.0)], tmp_path / "sum")
         assert not (tmp_path / "sum").exists()

@@ -240,6 +240,10 @@ def add_runs(
                 continue
             if file.suffix == ".safetensors":
                 _same_weights(file, [folder / name for folder in folders])
+            elif name == "tokenizer/tokenizer.json":
+                for folder in folders:
+                    if not (folder / name).exists() or (folder / name).read_bytes() != file.read_bytes():
+                        raise CheckpointError(f"{folder} has other words than {model}: not trained from it")
             writer.copy(file, name)
         for part, entries in summed.items():
             writer.tensors(part, "diffusion_pytorch_model", entries, shard)
