@@ -1,0 +1,48 @@
+"""The models in the box: both load, share what they should, and the student draws in fewer passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import unialignment
+from unialignment.conditioning import Denoiser
+from unialignment.model.folders import packaged_models
+
+PROMPT = "a large flat car in the center, on a yellow background"
+
+pytestmark = pytest.mark.skipif(
+    not {"nano", "nano-fast"} <= set(packaged_models()), reason="no bundled weights in this checkout"
+)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, unialignment.UniAlignmentPipeline]:
+    return {name: unialignment.load(name, device="cpu") for name in ("nano", "nano-fast")}
+
+
+def test_the_student_has_its_teachers_latents_and_words(models) -> None:
+    teacher, student = models["nano"], models["nano-fast"]
+    assert student.name == "nano-fast"
+    for part in ("autoencoder", "text_embedder"):
+        theirs = getattr(student, part).state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in getattr(teacher, part).state_dict().items())
+    own = student.transformer.state_dict()
+    assert any(not torch.equal(value, own[name]) for name, value in teacher.transformer.state_dict().items())
+
+
+def test_the_student_draws_in_a_third_of_the_passes(models, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, passes = Denoiser.velocity, dict.fromkeys(models, 0)
+    current = ""
+
+    def counted(self, *arguments):
+        made = original(self, *arguments)
+        passes[current] += len(made)
+        return made
+
+    monkeypatch.setattr(Denoiser, "velocity", counted)
+    for current, pipe in models.items():
+        picture = pipe.generate(PROMPT, seed=1).images[0]
+        assert "car" in models["nano"].caption(picture).texts[0]
+        assert "yellow" in pipe.caption(picture).texts[0]
+    assert passes == {"nano": 40, "nano-fast": 12}
