@@ -18,6 +18,8 @@ import unialignment
 EXTRAS = {"train", "world", "serve", "web", "ray", "quantize", "eval", "dev"}
 INSTALLED_BY_MAKE = ("train", "world", "eval", "serve", "web", "quantize", "dev")
 WEIGHTS_LIMIT = 40 * 10**6
+PACKAGE_LIMIT = 50_000_000
+"""Bytes of all bundled models together."""
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +88,11 @@ def test_makefile_has_the_target(repo_root: Path, target: str) -> None:
 
 
 def test_bundled_weights_are_small_and_safe(repo_root: Path) -> None:
-    files = [path for path in (repo_root / "src/unialignment/weights").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= WEIGHTS_LIMIT
+    weights = repo_root / "src/unialignment/weights"
+    files = [path for path in weights.rglob("*") if path.is_file()]
+    for model in {path.relative_to(weights).parts[0] for path in files}:
+        assert sum(path.stat().st_size for path in files if path.is_relative_to(weights / model)) <= WEIGHTS_LIMIT
+    assert sum(path.stat().st_size for path in files) <= PACKAGE_LIMIT
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".png"}
 
 
