@@ -275,6 +275,14 @@ def test_what_was_not_started_here_is_not_added(
     assert main(["merge", str(tiny_folder), *out]) == 2
     assert main(["merge", str(tiny_folder), "a.safetensors", "--run", "b", *out]) == 2
     assert "either a LoRA or runs" in capsys.readouterr().err
+    for wrong, message in (
+        (["--run", str(tiny_folder), "--scale", "0.5"], "give each run its own"),
+        (["--run", f"{tiny_folder}:nan"], "PATH:SCALE"),
+        (["--run", str(tmp_path / "absent")], "no model"),
+    ):
+        assert main(["merge", str(tiny_folder), *wrong, *out]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "sum").exists()
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 MB", 1_500_000), ("7", 7), ("2g", 2**31)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def path_and_scale(text: str, option: str = "--lora") -> tuple[str, float]:
     """``PATH[:SCALE]`` as a path and a strength, 1 unless given.
 
     Raises:
-        InputError: There is no path; ``option`` is named.
+        InputError: There is no path, or the strength isn't finite; ``option`` is named.
     """
     path, colon, scale = text.rpartition(":")
     if colon:
@@ -56,7 +57,7 @@ def path_and_scale(text: str, option: str = "--lora") -> tuple[str, float]:
             path, strength = text, 1.0
     else:
         path, strength = text, 1.0
-    if not path:
+    if not path or not math.isfinite(strength):
         raise InputError(f"{option} wants PATH or PATH:SCALE, got {text!r}")
     return path, strength
 

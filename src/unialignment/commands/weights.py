@@ -26,7 +26,7 @@ def configure_merge(parser: argparse.ArgumentParser) -> None:
         metavar="DIR[:X]",
         help="add what a run from this model changed, X times (1); may be repeated",
     )
-    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="the LoRA's strength; 1 is as trained")
+    parser.add_argument("--scale", type=float, metavar="X", help="the LoRA's strength; 1, as trained, unless given")
     _add_writing(parser)
 
 
@@ -39,16 +39,21 @@ def merge(args: argparse.Namespace) -> int:
 
     if (args.lora is None) == (not args.run):
         raise InputError("give either a LoRA or runs to add: unialign merge MODEL LORA, or MODEL --run DIR --run DIR")
+    if args.run and args.scale is not None:
+        raise InputError("--scale is a LoRA's strength; give each run its own: --run DIR:0.8")
     started = time.perf_counter()
     if args.run:
-        runs = [path_and_scale(text, "--run") for text in args.run]
+        named = [path_and_scale(text, "--run") for text in args.run]
+        runs = [(resolve_model(name), scale) for name, scale in named]
         changed = add_runs(resolve_model(args.model), runs, args.out, args.max_shard_size)
         facts = {"path": str(args.out), "changed": changed, "runs": [[str(run), scale] for run, scale in runs]}
         counted = ", ".join(f"{count} of {part}" for part, count in changed.items())
         lines = [f"Added {len(runs)} run(s); changed tensors: {counted}.", str(args.out)]
         common.say(args, {**facts, "seconds": common.seconds(started)}, lines)
         return 0
-    report = merge_folder(resolve_model(args.model), args.lora, args.out, args.scale, args.max_shard_size)
+    report = merge_folder(
+        resolve_model(args.model), args.lora, args.out, 1.0 if args.scale is None else args.scale, args.max_shard_size
+    )
     data = {"path": str(args.out), "matched": list(report.matched), "unmatched": dict(report.unmatched)}
     common.say(
         args, {**data, "seconds": common.seconds(started)}, [report.summary(), *unmatched_lines(report), str(args.out)]

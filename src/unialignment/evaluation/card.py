@@ -79,7 +79,7 @@ def render_card(results: Results, facts: dict[str, Any] | None = None) -> str:
         settings += f" {shortened} prompts were longer than the model reads and were cut."
     return f"""# Model card: {results.model}
 
-{top}One diffusion transformer for every task below, trained from nothing on rendered scenes of the scene world's
+{top}One diffusion transformer for every task below, trained on rendered scenes of the scene world's
 `{results.preset}` preset. It knows that world's objects, styles and backgrounds, and nothing else: photographs, faces,
 written words and anything outside the world's vocabulary are beyond it.
 
