@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from unialignment.errors import ConfigError
 from unialignment.training.config import TransformerConfig
-from unialignment.training.jitter import jitter, vary_sprite
+from unialignment.training.jitter import _turned, jitter, recolor_sprite, vary_sprite
 from unialignment.training.samples import open_data
 from unialignment.world.render import Renderer
 from unialignment.world.scene import Scene, SceneObject
@@ -37,7 +38,7 @@ def test_strength_nothing_changes_nothing_and_a_generator_decides() -> None:
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
-def test_a_varied_drawing_keeps_its_place_and_its_greys(pack) -> None:
+def test_a_recolored_drawing_keeps_its_place_and_its_greys(pack) -> None:
     alone = Scene("gray", (SceneObject("dog", "noto", 32, 8, 16),))
     renderer, rng = Renderer(pack, 64), np.random.default_rng(0)
     plain = renderer.render(alone)
@@ -45,7 +46,7 @@ def test_a_varied_drawing_keeps_its_place_and_its_greys(pack) -> None:
     outside[16:48, 8:40] = False
     seen = set()
     for _ in range(40):
-        varied = renderer.render(alone, lambda *sprite: vary_sprite(*sprite, 1.0, rng))
+        varied = renderer.render(alone, lambda item, *sprite: recolor_sprite(*sprite, 1.0, rng))
         assert np.array_equal(varied[outside], plain[outside])
         mirrored = varied.copy()
         mirrored[16:48, 8:40] = varied[16:48, 8:40][:, ::-1]
@@ -55,9 +56,43 @@ def test_a_varied_drawing_keeps_its_place_and_its_greys(pack) -> None:
     # Hues turn about the grey axis: the mean of the three channels stays, white and black stay.
     color = np.float32([[[200, 40, 90], [255, 255, 255], [0, 0, 0]]])
     for seed in range(20):
-        turned, _ = vary_sprite(color, np.ones_like(color), 1.0, np.random.default_rng(seed))
+        turned, _ = recolor_sprite(color, np.ones_like(color), 1.0, np.random.default_rng(seed))
         assert np.allclose(np.sort(turned.mean(-1)), np.sort(color.mean(-1)), atol=1e-3)
         assert any(np.allclose(one, 255, atol=1e-3) for one in turned[0])
+
+
+def test_a_varied_drawing_stays_in_its_box_and_moves_within(pack) -> None:
+    alone = Scene("gray", (SceneObject("dog", "noto", 32, 8, 16),))
+    renderer, rng = Renderer(pack, 64), np.random.default_rng(0)
+    plain = renderer.render(alone)
+    outside = np.ones((64, 64), bool)
+    outside[16:48, 8:40] = False
+    nothing = renderer.render(alone, lambda item, *sprite: vary_sprite(*sprite, 0.0, rng))
+    assert np.abs(nothing.astype(int) - plain).max() <= 2
+    changes = []
+    for _ in range(40):
+        varied = renderer.render(alone, lambda item, *sprite: vary_sprite(*sprite, 1.0, rng))
+        assert np.array_equal(varied[outside], plain[outside])
+        changes.append(np.abs(varied.astype(int) - plain)[~outside].mean())
+    assert min(changes) < 8 < 20 < max(changes)
+
+
+def test_a_drawing_is_turned_and_stretched_as_said() -> None:
+    alpha = np.zeros((32, 32, 3), np.float32)
+    alpha[6:12, 13:19] = 1  # above the middle
+    color = alpha * np.float32([200, 100, 50])
+
+    def center(image: np.ndarray) -> tuple[float, float]:
+        rows, columns = np.nonzero(image[..., 0] > 0.5)
+        return float(rows.mean()), float(columns.mean())
+
+    same = _turned(color, alpha, 0.0, 1.0, 1.0)
+    assert np.allclose(same[0], color) and np.allclose(same[1], alpha)
+    row, column = center(_turned(color, alpha, math.pi / 2, 1.0, 1.0)[1])
+    assert abs(row - 15.5) < 1 and abs(abs(column - 15.5) - 7) < 1
+    wide, tall = (_turned(color, alpha, 0.0, *sizes)[1][..., 0] > 0.5 for sizes in ((1.5, 1.0), (1.0, 1.5)))
+    assert abs(int(wide.any(0).sum()) - 9) <= 1 and wide.any(1).sum() == 6
+    assert abs(int(tall.any(1).sum()) - 9) <= 1 and tall.any(0).sum() == 6
 
 
 def test_only_what_is_read_in_training_is_changed(tiny: Make, pack) -> None:
@@ -103,6 +138,50 @@ def test_a_share_of_what_is_read_shows_any_of_the_packs_classes(tiny: Make, pack
     assert held[0].sample("caption", 5).meta["scene"] == held[1].sample("caption", 5).meta["scene"]
 
 
+def test_a_share_of_what_is_copied_shows_any_of_the_packs_classes(tiny: Make, pack) -> None:
+    plain, mixed = open_data(tiny()), open_data(tiny("world.others_copied=0.5"))
+    for task in ("edit", "compose", "perceive"):
+        other = [plain.sample(task, i).meta["scene"] != mixed.sample(task, i).meta["scene"] for i in range(40)]
+        assert 8 <= sum(other) <= 32
+        assert not any(is_held_out(mixed.sample(task, i).meta["scene"]) for i in range(40))
+    for task in ("generate", "control", "caption", "answer"):
+        assert all(plain.sample(task, i).meta["scene"] == mixed.sample(task, i).meta["scene"] for i in range(20))
+    keys = {plain.sample("edit", i).meta["pictures"] for i in range(40)}
+    assert len(keys | {mixed.sample("edit", i).meta["pictures"] for i in range(40)}) > 48
+
+
+def test_what_an_edit_keeps_is_recolored_alike_and_what_is_new_is_not(tiny: Make, pack) -> None:
+    plain, changed = open_data(tiny()), open_data(tiny("world.recolored=1"))
+    differ = kept = new = 0
+    for task in ("edit", "compose"):
+        for place in range(60):
+            one, two = plain.sample(task, place), changed.sample(task, place)
+            assert (one.prompt, one.meta["scene"]) == (two.prompt, two.meta["scene"])
+            assert one.meta["pictures"] != two.meta["pictures"]
+            differ += any(not np.array_equal(a, b) for a, b in zip(one.sources, two.sources, strict=True))
+            again = changed.sample(task, place)
+            assert np.array_equal(two.target_image, again.target_image)
+            if task != "edit":
+                continue
+            source, result = two.meta["source"], two.meta["scene"]
+            given = {(item.name, item.style) for item in source.objects}
+            for item in result.objects:
+                box = (slice(item.y, item.y + item.size), slice(item.x, item.x + item.size))
+                if any(item.overlap(each) for scene in (source, result) for each in scene.objects if each != item):
+                    continue
+                if item in source.objects and source.background == result.background:
+                    assert np.array_equal(two.sources[0][box], two.target_image[box])
+                    kept += not np.array_equal(one.target_image[box], two.target_image[box])
+                elif (item.name, item.style) not in given:
+                    assert np.array_equal(one.target_image[box], two.target_image[box])
+                    new += 1
+    assert kept > 20 and new > 10
+    assert differ > 60
+    held = [open_data(tiny(setting), split="held_out") for setting in ("world.recolored=1", "world.recolored=0")]
+    assert np.array_equal(*(data.sample("edit", 5).target_image for data in held))
+
+
 def test_a_teacher_knows_no_other_scenes(tiny: Make) -> None:
-    with pytest.raises(ConfigError, match=r"world\.others"):
-        tiny("world.others=0.5", "teacher.name=package")
+    for name in ("others", "others_copied", "recolored"):
+        with pytest.raises(ConfigError, match=rf"world\.{name}: "):
+            tiny(f"world.{name}=0.5", "teacher.name=package")

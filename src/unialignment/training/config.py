@@ -116,6 +116,15 @@ class TrainedWorldSection(WorldSection):
         0.0,
         description="Share of what is read whose objects are any of the sprite pack's classes, not the preset's alone.",
     )
+    others_copied: Fraction = Field(
+        0.0,
+        description="The same share of what is edited, composed and perceived: what was never shown has to be copied.",
+    )
+    recolored: Fraction = Field(
+        0.0,
+        description="Share of edits and compositions in which objects that stay are mirrored and recoloured alike in "
+        "sources and target: they can't be known by heart.",
+    )
 
 
 class OptimizerSection(Section):
@@ -403,8 +412,11 @@ class TransformerConfig(Section):
         if self.world.jitter and (self.data.cache is not None or self.teacher.name is not None):
             kept = "a feature cache (data.cache)" if self.data.cache is not None else "a teacher (teacher.name)"
             raise ValueError(f"world.jitter shows a picture anew each time, {kept} keeps it as it was: use only one")
-        if self.world.others and self.teacher.name is not None:
-            raise ValueError("world.others: a teacher's embeddings are kept of the preset's scenes alone: set it to 0")
+        for name in ("others", "others_copied", "recolored"):
+            if getattr(self.world, name) and self.teacher.name is not None:
+                raise ValueError(
+                    f"world.{name}: a teacher's embeddings are kept of the preset's scenes as they are: set it to 0"
+                )
         for section in ("mixture", "task_weights"):
             for name in getattr(self, section):
                 _known_task(name, section)

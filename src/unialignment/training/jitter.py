@@ -28,6 +28,8 @@ BLUR = 0.7
 """Radius, pixels of a picture 64 wide."""
 HUE = 0.5
 """Radians by which a single drawing's colours are turned."""
+SPRITE_TURN, SPRITE_STRETCH, SPRITE_TONE = 25.0, 0.2, 0.3
+"""As the whole picture's, of a single drawing: classes are recognised at angles and in proportions never drawn."""
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -61,7 +63,34 @@ def jitter(picture: Picture, strength: float, rng: np.random.Generator) -> Pictu
 def vary_sprite(
     color: np.ndarray, alpha: np.ndarray, strength: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One drawing, mirrored or not and with its hues turned: another drawing of the same class, style, size and place.
+    """One drawing, turned, stretched and recoloured: another drawing of the same class, style, size and place.
+
+    Args:
+        color: Premultiplied colour, ``[S, S, 3]``.
+        alpha: ``[S, S, 3]``.
+        strength: Share of this module's limits, and of :func:`recolor_sprite`.
+        rng: Source of all choices.
+
+    Returns:
+        Colour and alpha.
+    """
+    color, alpha = recolor_sprite(color, alpha, strength, rng)
+    # As for whole pictures: some drawings stay nearly as they are.
+    strength = strength * rng.random()
+    angle = math.radians(rng.uniform(-SPRITE_TURN, SPRITE_TURN) * strength)
+    across, down = np.exp(rng.uniform(-SPRITE_STRETCH, SPRITE_STRETCH, 2) * strength)
+    color, alpha = _turned(color, alpha, angle, float(across), float(down))
+    brightness, contrast, saturation = np.exp(rng.uniform(-SPRITE_TONE, SPRITE_TONE, 3) * strength)
+    grey = (color @ _GREY)[..., None]
+    color = grey + (color - grey) * saturation
+    middle = alpha * (color.sum() / max(float(alpha.sum()), 1.0))
+    return (middle + (color - middle) * contrast) * brightness, alpha
+
+
+def recolor_sprite(
+    color: np.ndarray, alpha: np.ndarray, strength: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """One drawing, mirrored or not and with its hues turned. The same for every size, given the same ``rng``.
 
     Args:
         color: Premultiplied colour, ``[S, S, 3]``.
@@ -82,6 +111,28 @@ def vary_sprite(
         turn += sine * np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
         color = color @ turn.T.astype(np.float32)
     return color, alpha
+
+
+def _turned(
+    color: np.ndarray, alpha: np.ndarray, angle: float, across: float, down: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """A drawing turned (radians) and stretched about its middle; what leaves its box is cut off."""
+    side = color.shape[0]
+    layers = np.concatenate([np.clip(color, 0, 255), alpha[..., :1] * 255], axis=-1)
+    # "RGBa" tells Pillow that colours are premultiplied already.
+    picture = Image.frombytes("RGBa", (side, side), np.rint(layers).astype(np.uint8).tobytes())
+    cosine, sine, middle = math.cos(angle), math.sin(angle), side / 2
+    matrix = (cosine / across, sine / across, -sine / down, cosine / down)
+    start_x = middle - (matrix[0] + matrix[1]) * middle
+    start_y = middle - (matrix[2] + matrix[3]) * middle
+    moved = picture.transform(
+        (side, side),
+        Image.Transform.AFFINE,
+        (matrix[0], matrix[1], start_x, matrix[2], matrix[3], start_y),
+        Image.Resampling.BILINEAR,
+    )
+    values = np.asarray(moved, dtype=np.float32)
+    return values[..., :3], np.repeat(values[..., 3:] / np.float32(255), 3, -1)
 
 
 def _moved(picture: Picture, strength: float, rng: np.random.Generator) -> Image.Image:

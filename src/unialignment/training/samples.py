@@ -24,14 +24,17 @@ from unialignment.errors import AssetError, ConfigError, InputError
 from unialignment.model.tokenizer import TextTokenizer
 from unialignment.tasks import TASKS
 from unialignment.training.batching import Batch, collate
-from unialignment.training.config import SourceSection, TransformerConfig
-from unialignment.training.jitter import jitter, vary_sprite
+from unialignment.training.config import SourceSection, TrainedWorldSection, TransformerConfig
+from unialignment.training.jitter import jitter, recolor_sprite, vary_sprite
 
 VALIDATION_SEED = 20_000_003
 """Seed of the validation samples; the same for every run, so that runs compare."""
 
 _JITTER = 0x6A6974
 _OTHERS = 0x6F746872
+_RECOLOR = 0x7265636F
+_COPIED = ("edit", "compose", "perceive")
+"""Tasks whose result is told by their sources, whatever these show."""
 _ELSEWHERE = 1 << 40
 """Offset of the substitutes for samples that do not fit; no run is that long."""
 _OTHER_PAIRS = 1 << 60
@@ -118,7 +121,9 @@ class WorldSamples:
 
     ``chunks`` and :meth:`epoch_length` are those of :class:`~unialignment.data.mixture.UserStream`. ``strength`` is
     that of :mod:`~unialignment.training.jitter` on pictures of tasks whose target is a text; ``share`` of them come
-    from ``others``, a stream of more classes: the more drawings, the less it helps to learn each by heart.
+    from ``others``, a stream of more classes: the more drawings, the less it helps to learn each by heart. Of tasks
+    that copy their sources, ``copied`` is that share, and ``recolored`` the share in which drawings that stay are
+    changed, in sources and target alike.
     """
 
     def __init__(
@@ -129,9 +134,11 @@ class WorldSamples:
         strength: float = 0.0,
         others: Any = None,
         share: float = 0.0,
+        copied: float = 0.0,
+        recolored: float = 0.0,
     ) -> None:
         self.stream, self.pool, self.strength = stream, pool, strength
-        self.others, self.share = others, share
+        self.others, self.share, self.copied, self.recolored = others, share, copied, recolored
         # One stride for all tasks: those that show the same scene at the same index meet in one micro-batch,
         # which is where the contrastive loss finds its pairs.
         self.chunks = dict.fromkeys(counts, max(counts.values(), default=1))
@@ -143,28 +150,60 @@ class WorldSamples:
         """The sample of a task at a number; ``attempt`` above 0 gives a substitute."""
         place = (number % self.pool if self.pool else number) + attempt * _ELSEWHERE
         read = TASKS.get(task).target == "text"
-        changed = bool(self.strength) and read
+        jittered = bool(self.strength) and read
+        recolored = self._chosen(_RECOLOR, place, self.recolored if task in ("edit", "compose") else 0.0)
         # The same for all tasks at a place, as these may show one scene.
-        other = bool(self.share) and read and np.random.default_rng([_OTHERS, place]).random() < self.share
+        other = self._chosen(_OTHERS, place, self.share if read else self.copied if task in _COPIED else 0.0)
         stream = self.others if other else self.stream
-        sample: Sample = stream.sample(task, place, pictures and not changed)
+        sample: Sample = stream.sample(task, place, pictures and not (jittered or recolored))
         keys = _world_keys(sample, place)
         if other:
             keys = tuple(f"{key}:others" for key in keys)
             if sample.pair_id is not None:
                 sample = replace(sample, pair_id=sample.pair_id + _OTHER_PAIRS)
-        if changed:
+        if jittered:
             # A picture of its own for every number, hence nothing that could be kept for it would be used again.
             rng = np.random.default_rng([_JITTER, place, number])
             if pictures:
                 sample = replace(sample, sources=(self._read(sample.meta["scene"], rng),))
             keys = tuple(f"{key}:jitter:{self.strength}:{number}" for key in keys)
+        if recolored:
+            if pictures:
+                sample = self._recolored(sample, place)
+            keys = tuple(f"{key}:recolored" for key in keys)
         return replace(sample, meta={**sample.meta, "pictures": keys})
+
+    @staticmethod
+    def _chosen(salt: int, place: int, share: float) -> bool:
+        return bool(share) and bool(np.random.default_rng([salt, place]).random() < share)
 
     def _read(self, scene: Any, rng: np.random.Generator) -> Any:
         """A picture of a scene to read: no drawing in it, nor the whole, is quite as ever before."""
-        drawn = self.stream.renderer.render(scene, lambda color, alpha: vary_sprite(color, alpha, self.strength, rng))
+        drawn = self.stream.renderer.render(
+            scene, lambda item, color, alpha: vary_sprite(color, alpha, self.strength, rng)
+        )
         return jitter(drawn, self.strength, rng)
+
+    def _recolored(self, sample: Sample, place: int) -> Sample:
+        """Its pictures, with drawings of the sources that the target has too changed in all of them alike.
+
+        What the target alone shows is drawn as it is: nothing but the prompt tells how.
+        """
+        result = sample.meta["scene"]
+        sources = (sample.meta["source"],) if sample.task == "edit" else sample.meta["sources"]
+        given = dict.fromkeys((item.name, item.style) for scene in sources for item in scene.objects)
+        seeds = {key: [_RECOLOR, place, 1 + number] for number, key in enumerate(given)}
+
+        def change(item: Any, color: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            seed = seeds.get((item.name, item.style))
+            return (color, alpha) if seed is None else recolor_sprite(color, alpha, 1.0, np.random.default_rng(seed))
+
+        render = self.stream.renderer.render
+        return replace(
+            sample,
+            sources=tuple(render(scene, change) for scene in sources),
+            target_image=render(result, change),
+        )
 
     def bare(self, task: str, number: int, attempt: int = 0) -> tuple[Sample, tuple[str, ...]]:
         """:meth:`sample` without drawing its pictures, and a key of each of them."""
@@ -215,15 +254,19 @@ def open_data(
     data = config.data
     seed = config.run.seed if split == "train" else VALIDATION_SEED
     counts = {task: count for task, count in config.mixture.items() if count}
-    others = config.world.others if split == "train" else 0.0
+    # Validation shows the preset's scenes as they are.
+    changed = config.world if split == "train" else TrainedWorldSection()
+    beyond = changed.others or changed.others_copied
     world = (
         WorldSamples(
             open_stream(config, config.world.split if split == "train" else split, seed),
             counts,
             pool,
-            config.world.jitter if split == "train" else 0.0,
-            open_stream(config, config.world.split, seed, others=True) if others else None,
-            others,
+            changed.jitter,
+            open_stream(config, config.world.split, seed, others=True) if beyond else None,
+            changed.others,
+            changed.others_copied,
+            changed.recolored,
         )
         if not data.sources or any(source.format == "world" for source in data.sources)
         else None

@@ -18,8 +18,8 @@ from unialignment.world.sprites import ArrayCache, SpritePack
 GRADIENT = 0.10
 """Backgrounds are this much lighter at the top and darker at the bottom than their mean."""
 
-Change = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""From a sprite's premultiplied colour (0-255) and alpha (0-1), both float32 ``[S, S, 3]``, to others."""
+Change = Callable[[SceneObject, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""From an object, its sprite's premultiplied colour (0-255) and alpha (0-1), both float32 ``[S, S, 3]``, to others."""
 
 LAYER_BYTES = 640 << 20
 """Memory that a renderer may hold prepared sprites in. All of the full preset's take 500 MB, the nano preset's 4 MB."""
@@ -87,7 +87,7 @@ class Renderer:
             color, transparency, _ = self._layer(item)
             if change is not None:
                 alpha = 1 - transparency
-                color, alpha = change(color - alpha * np.float32(0.5), alpha)
+                color, alpha = change(item, color - alpha * np.float32(0.5), alpha)
                 color, transparency = np.clip(color, 0, alpha * 255) + alpha * np.float32(0.5), 1 - alpha
             window = canvas[rows, columns]
             window *= transparency
