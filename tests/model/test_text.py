@@ -40,6 +40,19 @@ def test_table_refuses_what_it_cannot_embed() -> None:
         embedder.embed(torch.zeros(1, 2))
 
 
+def test_a_table_makes_room_for_longer_texts(tmp_path: Path) -> None:
+    embedder = TokenEmbedder(50, 8, max_length=4)
+    before = embedder.embed(IDS).detach()
+    embedder.extend(6)
+    assert torch.equal(embedder.embed(IDS), before) and embedder.positions.requires_grad
+    longer = torch.cat([IDS, IDS[:, :2]], dim=1)
+    assert torch.equal(embedder.embed(longer)[0, 5], embedder.table(longer)[0, 5] + embedder.positions[3])
+    embedder.save_pretrained(tmp_path)
+    assert load_text_embedder(tmp_path).embed(longer).shape == (2, 6, 8)
+    with pytest.raises(InputError, match="6 positions already"):
+        embedder.extend(5)
+
+
 def test_saved_table_is_loaded_exactly(tmp_path: Path) -> None:
     embedder = TokenEmbedder(50, 8, max_length=6)
     embedder.save_pretrained(tmp_path)

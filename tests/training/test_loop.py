@@ -156,6 +156,17 @@ def test_a_stage_starts_from_the_averages_that_another_left(tiny: Make, tmp_path
     assert second.progress.step == 0 and second.ema.updates == 0 and not second.optimizer.state
 
 
+def test_a_stage_may_read_longer_texts_than_the_one_before(tiny: Make, tmp_path: Path, silent) -> None:
+    first = Trainer(tiny(FEW, "run.max_steps=1"), silent)
+    length = first.objective.text_embedder.max_length
+    folder = first.train()
+    told: list[str] = []
+    longer = (f"model.initial={folder}", "text.tokenizer=null", f"run.dir={tmp_path / 'two'}")
+    second = Trainer(tiny(FEW, "run.max_steps=1", *longer, f"text.max_length={length + 8}"), told.append)
+    assert any(f"{length} positions are extended" in line for line in told)
+    assert unialignment.load(second.train(), device="cpu").text_limit == length + 8
+
+
 def test_gradients_are_averaged_over_micro_batches(tiny: Make, silent, monkeypatch) -> None:
     trainer = Trainer(tiny(FEW, "optimizer.clip=null", "optimizer.schedule=constant"), silent)
     data = trainer.source()

@@ -13,7 +13,7 @@ from unialignment.model.autoencoder import PixelAutoencoder
 from unialignment.model.text import TokenEmbedder
 from unialignment.model.tokenizer import TextTokenizer, encode_conditions
 from unialignment.model.transformer import UniAlignmentTransformer
-from unialignment.training.batching import collate, images_to_tensor
+from unialignment.training.batching import LONG_PROMPT, collate, images_to_tensor
 from unialignment.training.objective import Objective, ObjectiveSettings
 
 TEXTS = ["a red dog on a blue background", "a cat", "remove the dog", "what is this?", "segment the cat"]
@@ -80,6 +80,21 @@ def test_samples_of_one_signature_share_a_batch(tokenizer: TextTokenizer) -> Non
         ("text", ("answer",)),
         ("text", ("caption",)),
     ]
+
+
+def test_a_few_long_prompts_form_a_batch_of_their_own(tokenizer: TextTokenizer) -> None:
+    def drawn(*prompts: str) -> list[tuple[str, ...]]:
+        samples = [Sample("generate", prompt=prompt, target_image=picture(i)) for i, prompt in enumerate(prompts)]
+        batches = collate(samples, tokenizer)
+        assert all(batch.prompt_ids.shape[1] - batch.prompt_mask.sum(1).max() < 8 for batch in batches)
+        return [tuple(tokenizer.decode(batch.prompt_ids)) for batch in batches]
+
+    short, long = TEXTS[0], " ".join([TEXTS[0]] * 8)
+    assert len(long) > LONG_PROMPT
+    assert drawn(short, long, TEXTS[1], "") == [(short, TEXTS[1], ""), (long,)]
+    assert drawn(long, short, long) == [(long, short, long)]  # most are long
+    middling = f"{short} {short}"
+    assert drawn(short, middling, short) == [(short, middling, short)]  # little would be saved
 
 
 def test_every_condition_ends_in_one_visible_end_token(tokenizer: TextTokenizer) -> None:

@@ -70,6 +70,20 @@ class TokenEmbedder(ModelMixin, ConfigMixin):
         """Longest text."""
         return int(self.positions.shape[0])
 
+    def extend(self, max_length: int) -> None:
+        """Makes room for longer texts. What shorter ones give stays; new positions begin as the last one there was.
+
+        Raises:
+            InputError: less than there is.
+        """
+        if max_length < self.max_length:
+            raise InputError(f"max_length={max_length}: the embedder has {self.max_length} positions already")
+        missing = max_length - self.max_length
+        with torch.no_grad():
+            positions = torch.cat([self.positions, self.positions[-1:].expand(missing, -1)])
+        self.positions = nn.Parameter(positions, requires_grad=self.positions.requires_grad)
+        self.register_to_config(max_length=max_length)
+
     def embed(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Token ids ``[B, L]`` to vectors ``[B, L, D]``. ``mask`` is not needed here: tokens do not mix.
 

@@ -18,6 +18,8 @@ from unialignment.tasks import TASKS
 T = TypeVar("T")
 PROMPT_BUCKET = 8
 """Condition texts are padded to a multiple of this many tokens, to bound the number of distinct shapes."""
+LONG_PROMPT = 160
+"""Prompts of more characters, and twice as long as most, form a batch of their own."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def collate(
         shapes = tuple(image.shape for image in (sample.target_image, *sample.sources) if image is not None)
         groups.setdefault((task.target, len(sample.sources), task.target_length, shapes), []).append(sample)
     batches = []
-    for (target, source_count, length, _), group in sorted(groups.items()):
+    parts = [(key, part) for key, group in sorted(groups.items()) for part in _by_length(group)]
+    for (target, source_count, length, _), group in parts:
         # A text with gaps is no condition: its words stand in the target's canvas, where they are never masked.
         gaps = [TASKS.get(sample.task).gaps for sample in group]
         prompts = ["" if gap else sample.prompt for gap, sample in zip(gaps, group, strict=True)]
@@ -173,6 +176,17 @@ def collate(
             )
         )
     return batches
+
+
+def _by_length(group: list[Sample]) -> list[list[Sample]]:
+    """The group, without the few prompts beside which all others would be mostly padding, and those."""
+    lengths = [len(sample.prompt) for sample in group]
+    limit = max(LONG_PROMPT, 2 * sorted(lengths)[len(lengths) // 2])
+    short, long = (
+        [sample for sample, length in zip(group, lengths, strict=True) if (length > limit) is side]
+        for side in (False, True)
+    )
+    return [part for part in (short, long) if part]
 
 
 def _lead(

@@ -159,6 +159,9 @@ def build_objective(
             autoencoder = initial.autoencoder
         if config.model.transformer:
             report("model.transformer is ignored: the sizes come from model.initial.")
+        if isinstance(embedder, TokenEmbedder) and embedder.max_length < config.text.max_length:
+            report(f"Texts of up to {config.text.max_length} tokens: {embedder.max_length} positions are extended.")
+            embedder.extend(config.text.max_length)
         transformer.requires_grad_(True)
         embedder.requires_grad_(isinstance(embedder, TokenEmbedder))  # a T5 encoder is frozen
     else:

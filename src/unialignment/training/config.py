@@ -295,7 +295,9 @@ class TextSection(Section):
     vocab_size: int = Field(1024, ge=64, description="Tokens of a tokenizer trained here.")
     corpus: int = Field(20000, ge=100, description="Texts it is trained on.")
     embedding_dim: int | None = Field(None, ge=8, description="Width of token vectors. Default: the transformer's.")
-    max_length: int = Field(128, ge=8, description="Longest text in tokens.")
+    max_length: int = Field(
+        128, ge=8, description="Longest text in tokens; positions of `model.initial` are extended to it."
+    )
 
 
 class AutoencoderSection(Section):
