@@ -12,9 +12,10 @@ from unialignment.errors import ConfigError
 from unialignment.training.config import TransformerConfig
 from unialignment.training.jitter import _turned, jitter, recolor_sprite, vary_sprite
 from unialignment.training.samples import open_data
+from unialignment.world.language import style_adjective
 from unialignment.world.render import Renderer
 from unialignment.world.scene import Scene, SceneObject
-from unialignment.world.splits import is_held_out
+from unialignment.world.splits import is_held_out, is_held_out_style
 
 Make = Callable[..., TransformerConfig]
 
@@ -179,6 +180,36 @@ def test_what_an_edit_keeps_is_recolored_alike_and_what_is_new_is_not(tiny: Make
     assert differ > 60
     held = [open_data(tiny(setting), split="held_out") for setting in ("world.recolored=1", "world.recolored=0")]
     assert np.array_equal(*(data.sample("edit", 5).target_image for data in held))
+
+
+def test_styles_of_a_class_with_a_withheld_drawing_are_shown_and_not_learned(tiny: Make, pack) -> None:
+    plain, opened = open_data(tiny()), open_data(tiny("world.open_styles=true"))
+    preset = plain.stream.preset
+    withheld = {name for name in preset.names if any(is_held_out_style(name, style) for style in preset.styles)}
+    adjectives = {style_adjective(style) for style in preset.styles}
+    given = asked = left_out = 0
+    for place in range(200):
+        one, two = plain.sample("caption", place), opened.sample("caption", place)
+        assert one.target_text == two.target_text and not one.given
+        assert two.target_text is not None
+        expected = [item for item in two.meta["scene"].objects if item.name in withheld]
+        # Equal objects are named once.
+        assert len(two.given) == len({(item.name, item.style, item.size) for item in expected})
+        for start, stop in two.given:
+            assert two.target_text[start:stop] in adjectives
+            given += 1
+        one, two = plain.sample("answer", place), opened.sample("answer", place)
+        if one.kind == "style" and one.target_text in adjectives:
+            assert two.target_text not in adjectives or not any(name in two.prompt for name in withheld)
+            asked += 1
+            left_out += one.prompt != two.prompt
+        else:
+            assert one.prompt == two.prompt and not two.given
+    assert given > 10 and asked > left_out > 0
+    for task in ("generate", "edit"):
+        assert plain.sample(task, 3).prompt == opened.sample(task, 3).prompt
+    held = open_data(tiny("world.open_styles=true"), split="held_out")
+    assert not any(held.sample("caption", i).given for i in range(20))
 
 
 def test_a_teacher_knows_no_other_scenes(tiny: Make) -> None:

@@ -121,6 +121,16 @@ def test_only_the_gaps_of_an_infill_sample_may_be_masked(tokenizer: TextTokenize
         collate([wrong], tokenizer)
 
 
+def test_what_a_text_gives_is_never_masked(tokenizer: TextTokenizer) -> None:
+    text = TEXTS[0]
+    start = text.index("dog")
+    given = Sample("caption", sources=(picture(0),), target_text=text, given=((start, start + 3), (0, 1)))
+    (batch,) = collate([given, Sample("caption", sources=(picture(1),), target_text=text)], tokenizer)
+    assert batch.maskable is not None and batch.target_ids is not None
+    assert tokenizer.decode(batch.target_ids[:1, ~batch.maskable[0]]) == ["a dog"]
+    assert bool(batch.maskable[1].all())
+
+
 def test_prompt_dropout_empties_image_prompts_only_and_unpairs_them(tokenizer: TextTokenizer) -> None:
     mixed = [sample("generate", i, pair=i) for i in range(4)] + [sample("answer", i) for i in range(4)]
     image, text = collate(mixed, tokenizer, prompt_dropout=1.0, rng=np.random.default_rng(0))

@@ -25,6 +25,7 @@ class Sample:
         kind: Finer label for reporting, e.g. ``"count"`` for a question or ``"depth"`` for a map.
         pair_id: Equal for samples that show the same picture with the same caption, so that the contrastive
             loss can pair a text seen as condition with an image seen as condition. ``None``: not paired.
+        given: Parts of ``target_text``, from one character to another, that are shown in training and not learned.
         meta: Facts for judging (scenes, accepted answers); never shown to a model.
     """
 
@@ -35,4 +36,5 @@ class Sample:
     target_text: str | None = None
     kind: str = ""
     pair_id: int | None = None
+    given: tuple[tuple[int, int], ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)

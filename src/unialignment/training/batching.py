@@ -147,6 +147,11 @@ def collate(
             maskable = torch.ones_like(target_ids, dtype=torch.bool)
             for row in (row for row, gap in enumerate(gaps) if gap):
                 maskable[row] = _gap_positions(group[row], target_ids[row], tokenizer)
+            for row, sample in enumerate(group):
+                for start, stop in sample.given:
+                    maskable[row, _tokens(tokenizer, texts[row][:start]) : _tokens(tokenizer, texts[row][:stop])] = (
+                        False
+                    )
             if tokenizer.question_first:
                 target_ids, maskable, question_lengths = _lead(prompts, target_ids, maskable, tokenizer)
                 ids, mask = ids[:, :0], mask[:, :0]
@@ -223,6 +228,12 @@ def _gap_positions(sample: Sample, target: Tensor, tokenizer: TextTokenizer) -> 
             f"got prompt {sample.prompt!r} for {sample.target_text!r}."
         )
     return gaps
+
+
+def _tokens(tokenizer: TextTokenizer, text: str) -> int:
+    """Tokens of the beginning of a text, which ends between words."""
+    ids = tokenizer.encode([text.rstrip()])[1] if text.strip() else None
+    return 0 if ids is None else int(ids.sum()) - (tokenizer.eos_token_id is not None)
 
 
 def _need(value: T | None, sample: Sample, name: str) -> T:

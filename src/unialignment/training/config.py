@@ -120,6 +120,11 @@ class TrainedWorldSection(WorldSection):
         0.0,
         description="The same share of what is edited, composed and perceived: what was never shown has to be copied.",
     )
+    open_styles: bool = Field(
+        False,
+        description="Of classes that the split withholds a drawing of, styles aren't learned: read aloud, they would "
+        "teach that no other exists.",
+    )
     recolored: Fraction = Field(
         0.0,
         description="Share of edits and compositions in which objects that stay are mirrored and recoloured alike in "

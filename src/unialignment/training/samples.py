@@ -7,6 +7,7 @@ Knows nothing of models.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from unialignment.tasks import TASKS
 from unialignment.training.batching import Batch, collate
 from unialignment.training.config import SourceSection, TrainedWorldSection, TransformerConfig
 from unialignment.training.jitter import jitter, recolor_sprite, vary_sprite
+from unialignment.world import language as lang
+from unialignment.world.splits import is_held_out_style
 
 VALIDATION_SEED = 20_000_003
 """Seed of the validation samples; the same for every run, so that runs compare."""
@@ -33,6 +36,8 @@ VALIDATION_SEED = 20_000_003
 _JITTER = 0x6A6974
 _OTHERS = 0x6F746872
 _RECOLOR = 0x7265636F
+_ANOTHER = 1 << 6
+"""Added to the attempt of a sample that teaches nothing; more than the attempts there are."""
 _COPIED = ("edit", "compose", "perceive")
 """Tasks whose result is told by their sources, whatever these show."""
 _ELSEWHERE = 1 << 40
@@ -123,7 +128,7 @@ class WorldSamples:
     that of :mod:`~unialignment.training.jitter` on pictures of tasks whose target is a text; ``share`` of them come
     from ``others``, a stream of more classes: the more drawings, the less it helps to learn each by heart. Of tasks
     that copy their sources, ``copied`` is that share, and ``recolored`` the share in which drawings that stay are
-    changed, in sources and target alike.
+    changed, in sources and target alike. ``open_styles``: styles aren't learned where the split withholds one.
     """
 
     def __init__(
@@ -136,9 +141,11 @@ class WorldSamples:
         share: float = 0.0,
         copied: float = 0.0,
         recolored: float = 0.0,
+        open_styles: bool = False,
     ) -> None:
         self.stream, self.pool, self.strength = stream, pool, strength
         self.others, self.share, self.copied, self.recolored = others, share, copied, recolored
+        self.open_styles = open_styles
         # One stride for all tasks: those that show the same scene at the same index meet in one micro-batch,
         # which is where the contrastive loss finds its pairs.
         self.chunks = dict.fromkeys(counts, max(counts.values(), default=1))
@@ -156,6 +163,11 @@ class WorldSamples:
         other = self._chosen(_OTHERS, place, self.share if read else self.copied if task in _COPIED else 0.0)
         stream = self.others if other else self.stream
         sample: Sample = stream.sample(task, place, pictures and not (jittered or recolored))
+        if read and self.open_styles:
+            spans = _withheld_styles(sample, stream.preset)
+            if spans == ((0, len(sample.target_text or "")),):  # a question that asks for nothing else
+                return self.sample(task, number, attempt + _ANOTHER, pictures)
+            sample = replace(sample, given=spans)
         keys = _world_keys(sample, place)
         if other:
             keys = tuple(f"{key}:others" for key in keys)
@@ -209,6 +221,31 @@ class WorldSamples:
         """:meth:`sample` without drawing its pictures, and a key of each of them."""
         sample = self.sample(task, number, attempt, False)
         return sample, sample.meta["pictures"]
+
+
+def _withheld_styles(sample: Sample, preset: Any) -> tuple[tuple[int, int], ...]:
+    """Where a text to be read out says the style of a class of which the split withholds a drawing.
+
+    Captions and answers of the training split never give such a class the style that is withheld. What they teach is
+    that it doesn't exist, however plainly a picture shows it.
+    """
+    text = sample.target_text or ""
+    styles = set(preset.styles)
+    adjectives = "|".join(lang.style_adjective(style) for style in sorted(styles))
+    if sample.task == "answer":
+        asked = lang.mentioned(sample.prompt, preset.names)
+        known = re.fullmatch(adjectives, text) is None or not any(_withheld(name, styles) for name in asked)
+        return () if known else ((0, len(text)),)
+    names = {item.name for item in sample.meta["scene"].objects if _withheld(item.name, styles)}
+    if sample.task != "caption" or not names:
+        return ()
+    nouns = "|".join(re.escape(noun) for name in sorted(names) for noun in (lang.plural(name), name))
+    # Things that have no plural are counted in pieces: "two flat sets of scissors".
+    return tuple(found.span(1) for found in re.finditer(rf"\b({adjectives}) (?:\w+ of )?(?:{nouns})\b", text))
+
+
+def _withheld(name: str, styles: set[str]) -> bool:
+    return any(is_held_out_style(name, style) for style in styles)
 
 
 def _world_keys(sample: Sample, place: int) -> tuple[str, ...]:
@@ -267,6 +304,7 @@ def open_data(
             changed.others,
             changed.others_copied,
             changed.recolored,
+            changed.open_styles,
         )
         if not data.sources or any(source.format == "world" for source in data.sources)
         else None
