@@ -18,6 +18,9 @@ from unialignment.world.scene import Scene, SceneObject
 from unialignment.world.splits import is_held_out, is_held_out_style
 
 Make = Callable[..., TransformerConfig]
+ALONE = Scene("gray", (SceneObject("dog", "noto", 32, 8, 16),))
+OUTSIDE = np.ones((64, 64), bool)
+OUTSIDE[16:48, 8:40] = False
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 3), (48, 80, 3)])
@@ -40,15 +43,12 @@ def test_strength_nothing_changes_nothing_and_a_generator_decides() -> None:
 
 
 def test_a_recolored_drawing_keeps_its_place_and_its_greys(pack) -> None:
-    alone = Scene("gray", (SceneObject("dog", "noto", 32, 8, 16),))
     renderer, rng = Renderer(pack, 64), np.random.default_rng(0)
-    plain = renderer.render(alone)
-    outside = np.ones((64, 64), bool)
-    outside[16:48, 8:40] = False
+    plain = renderer.render(ALONE)
     seen = set()
     for _ in range(40):
-        varied = renderer.render(alone, lambda item, *sprite: recolor_sprite(*sprite, 1.0, rng))
-        assert np.array_equal(varied[outside], plain[outside])
+        varied = renderer.render(ALONE, lambda item, *sprite: recolor_sprite(*sprite, 1.0, rng))
+        assert np.array_equal(varied[OUTSIDE], plain[OUTSIDE])
         mirrored = varied.copy()
         mirrored[16:48, 8:40] = varied[16:48, 8:40][:, ::-1]
         same, flipped = (np.abs(each.astype(int) - plain).mean() for each in (varied, mirrored))
@@ -63,18 +63,15 @@ def test_a_recolored_drawing_keeps_its_place_and_its_greys(pack) -> None:
 
 
 def test_a_varied_drawing_stays_in_its_box_and_moves_within(pack) -> None:
-    alone = Scene("gray", (SceneObject("dog", "noto", 32, 8, 16),))
     renderer, rng = Renderer(pack, 64), np.random.default_rng(0)
-    plain = renderer.render(alone)
-    outside = np.ones((64, 64), bool)
-    outside[16:48, 8:40] = False
-    nothing = renderer.render(alone, lambda item, *sprite: vary_sprite(*sprite, 0.0, rng))
+    plain = renderer.render(ALONE)
+    nothing = renderer.render(ALONE, lambda item, *sprite: vary_sprite(*sprite, 0.0, rng))
     assert np.abs(nothing.astype(int) - plain).max() <= 2
     changes = []
     for _ in range(40):
-        varied = renderer.render(alone, lambda item, *sprite: vary_sprite(*sprite, 1.0, rng))
-        assert np.array_equal(varied[outside], plain[outside])
-        changes.append(np.abs(varied.astype(int) - plain)[~outside].mean())
+        varied = renderer.render(ALONE, lambda item, *sprite: vary_sprite(*sprite, 1.0, rng))
+        assert np.array_equal(varied[OUTSIDE], plain[OUTSIDE])
+        changes.append(np.abs(varied.astype(int) - plain)[~OUTSIDE].mean())
     assert min(changes) < 8 < 20 < max(changes)
 
 

@@ -148,10 +148,9 @@ def collate(
             for row in (row for row, gap in enumerate(gaps) if gap):
                 maskable[row] = _gap_positions(group[row], target_ids[row], tokenizer)
             for row, sample in enumerate(group):
-                for start, stop in sample.given:
-                    maskable[row, _tokens(tokenizer, texts[row][:start]) : _tokens(tokenizer, texts[row][:stop])] = (
-                        False
-                    )
+                for span in sample.given:
+                    first, behind = (_tokens(tokenizer, texts[row][:end]) for end in span)
+                    maskable[row, first:behind] = False
             if tokenizer.question_first:
                 target_ids, maskable, question_lengths = _lead(prompts, target_ids, maskable, tokenizer)
                 ids, mask = ids[:, :0], mask[:, :0]

@@ -159,7 +159,9 @@ def build_objective(
             autoencoder = initial.autoencoder
         if config.model.transformer:
             report("model.transformer is ignored: the sizes come from model.initial.")
-        if isinstance(embedder, TokenEmbedder) and embedder.max_length < config.text.max_length:
+        # A LoRA's file has no place for new positions.
+        longer = isinstance(embedder, TokenEmbedder) and embedder.max_length < config.text.max_length
+        if longer and not config.lora.rank:
             report(f"Texts of up to {config.text.max_length} tokens: {embedder.max_length} positions are extended.")
             embedder.extend(config.text.max_length)
         transformer.requires_grad_(True)
