@@ -10,7 +10,7 @@ import pytest
 
 from unialignment.errors import ConfigError
 from unialignment.training.config import TransformerConfig
-from unialignment.training.jitter import _turned, jitter, recolor_sprite, vary_sprite
+from unialignment.training.jitter import NET, _bent, _turned, jitter, recolor_sprite, vary_sprite
 from unialignment.training.samples import open_data
 from unialignment.world.language import style_adjective
 from unialignment.world.render import Renderer
@@ -91,6 +91,22 @@ def test_a_drawing_is_turned_and_stretched_as_said() -> None:
     wide, tall = (_turned(color, alpha, 0.0, *sizes)[1][..., 0] > 0.5 for sizes in ((1.5, 1.0), (1.0, 1.5)))
     assert abs(int(wide.any(0).sum()) - 9) <= 1 and wide.any(1).sum() == 6
     assert abs(int(tall.any(1).sum()) - 9) <= 1 and tall.any(0).sum() == 6
+
+
+def test_a_drawing_is_bent_as_its_net_is_moved() -> None:
+    rng = np.random.default_rng(3)
+    alpha = np.ones((32, 32, 3), np.float32)
+    color = np.float32(rng.integers(0, 256, (32, 32, 3)))
+    still = np.zeros((NET + 1, NET + 1, 2))
+    assert np.allclose(_bent(color, alpha, still)[0], color) and np.allclose(_bent(color, alpha, still)[1], alpha)
+    # All corners look two pixels further right and one further down: what is there comes left and up.
+    moved = _bent(color, alpha, still + [2 / 32, 1 / 32])[0]
+    assert np.allclose(moved[:31, :30], color[1:, 2:])
+    one = still.copy()
+    one[0, 0] = 0.1  # only the mesh at that corner changes
+    changed = np.abs(_bent(color, alpha, one)[0] - color).max(-1) > 1
+    mesh = round(32 / NET)
+    assert changed[:mesh, :mesh].mean() > 0.5 and not changed[mesh:].any() and not changed[:, mesh:].any()
 
 
 def test_only_what_is_read_in_training_is_changed(tiny: Make, pack) -> None:

@@ -30,6 +30,9 @@ HUE = 0.5
 """Radians by which a single drawing's colours are turned."""
 SPRITE_TURN, SPRITE_STRETCH, SPRITE_TONE = 25.0, 0.2, 0.3
 """As the whole picture's, of a single drawing: classes are recognised at angles and in proportions never drawn."""
+SPRITE_BEND = 0.12
+"""Of a drawing's side, by which each corner of a net of :data:`NET` by :data:`NET` meshes is moved."""
+NET = 3
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -63,7 +66,7 @@ def jitter(picture: Picture, strength: float, rng: np.random.Generator) -> Pictu
 def vary_sprite(
     color: np.ndarray, alpha: np.ndarray, strength: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One drawing, turned, stretched and recoloured: another drawing of the same class, style, size and place.
+    """One drawing, turned, stretched, bent and recoloured: another drawing of the same class, style, size and place.
 
     Args:
         color: Premultiplied colour, ``[S, S, 3]``.
@@ -80,6 +83,7 @@ def vary_sprite(
     angle = math.radians(rng.uniform(-SPRITE_TURN, SPRITE_TURN) * strength)
     across, down = np.exp(rng.uniform(-SPRITE_STRETCH, SPRITE_STRETCH, 2) * strength)
     color, alpha = _turned(color, alpha, angle, float(across), float(down))
+    color, alpha = _bent(color, alpha, rng.uniform(-SPRITE_BEND, SPRITE_BEND, (NET + 1, NET + 1, 2)) * strength)
     brightness, contrast, saturation = np.exp(rng.uniform(-SPRITE_TONE, SPRITE_TONE, 3) * strength)
     grey = (color @ _GREY)[..., None]
     color = grey + (color - grey) * saturation
@@ -118,9 +122,7 @@ def _turned(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A drawing turned (radians) and stretched about its middle; what leaves its box is cut off."""
     side = color.shape[0]
-    layers = np.concatenate([np.clip(color, 0, 255), alpha[..., :1] * 255], axis=-1)
-    # "RGBa" tells Pillow that colours are premultiplied already.
-    picture = Image.frombytes("RGBa", (side, side), np.rint(layers).astype(np.uint8).tobytes())
+    picture = _picture(color, alpha)
     cosine, sine, middle = math.cos(angle), math.sin(angle), side / 2
     matrix = (cosine / across, sine / across, -sine / down, cosine / down)
     start_x = middle - (matrix[0] + matrix[1]) * middle
@@ -131,7 +133,42 @@ def _turned(
         (matrix[0], matrix[1], start_x, matrix[2], matrix[3], start_y),
         Image.Resampling.BILINEAR,
     )
-    values = np.asarray(moved, dtype=np.float32)
+    return _layers(moved)
+
+
+def _bent(color: np.ndarray, alpha: np.ndarray, moves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A drawing bent like a net whose corners were moved: what another hand draws rounder, thinner, leaning.
+
+    Elastic distortions (Simard et al., ICDAR 2003), coarse: fine ones would blur a drawing of thirty pixels.
+
+    Args:
+        color: Premultiplied colour, ``[S, S, 3]``.
+        alpha: ``[S, S, 3]``.
+        moves: Of each corner, from top to bottom and left to right, ``[NET + 1, NET + 1, 2]`` (right, down), in sides.
+    """
+    side = color.shape[0]
+    lines = np.rint(np.linspace(0, side, NET + 1)).astype(int)
+    x, y = (axis + side * moves[..., i] for i, axis in enumerate(np.meshgrid(lines, lines)))
+    meshes = []
+    for i in range(NET):
+        for j in range(NET):
+            corners = ((i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1))  # anticlockwise from the upper left
+            quad = tuple(float(v) for corner in corners for v in (x[corner], y[corner]))
+            meshes.append(((int(lines[j]), int(lines[i]), int(lines[j + 1]), int(lines[i + 1])), quad))
+    picture = _picture(color, alpha)
+    return _layers(picture.transform((side, side), Image.Transform.MESH, meshes, Image.Resampling.BILINEAR))
+
+
+def _picture(color: np.ndarray, alpha: np.ndarray) -> Image.Image:
+    """Premultiplied layers as a picture that Pillow can move about."""
+    layers = np.concatenate([np.clip(color, 0, 255), alpha[..., :1] * 255], axis=-1)
+    # "RGBa" tells Pillow that colours are premultiplied already.
+    return Image.frombytes("RGBa", color.shape[:2], np.rint(layers).astype(np.uint8).tobytes())
+
+
+def _layers(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Colour and alpha of :func:`_picture`."""
+    values = np.asarray(picture, dtype=np.float32)
     return values[..., :3], np.repeat(values[..., 3:] / np.float32(255), 3, -1)
 
 
