@@ -68,6 +68,7 @@ class Denoiser:
         room: bool = True,
     ) -> None:
         self.model = model
+        self._dtype = model.dtype  # diffusers goes through all parameters for it: not at every step
         self._room = room
         self.cached = cached and model.config.attention_mode == "prefix"
         self._order = tuple(conditions)
@@ -137,7 +138,7 @@ class Denoiser:
         Returns:
             Branch → float32 ``[B, C, H, W]``.
         """
-        latents = latents.to(self.model.dtype)
+        latents = latents.to(self._dtype)
         if self.cached:
             count = len(branches)
             tokens = latents.shape[-2] * latents.shape[-1] // self.model.config.patch_size**2

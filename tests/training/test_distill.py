@@ -261,8 +261,10 @@ def test_each_task_keeps_its_own_noise_levels(pipe: Any, tmp_path: Path) -> None
 
 def test_a_student_carries_the_sampler_that_it_is_given(pipe: Any, tmp_path: Path) -> None:
     chosen = {"solver": "dpmpp", "num_inference_steps": 3}
-    (folder,) = Distiller(pipe, batches_for(pipe), settings(Stage(4, 1), sampler=chosen), tmp_path).run()
+    both = {**chosen, "edit": {"num_inference_steps": 2}}
+    (folder,) = Distiller(pipe, batches_for(pipe), settings(Stage(4, 1), sampler=both), tmp_path).run()
     student = unialignment.load(folder)
+    assert (student.sampling["edit"]["solver"], student.sampling["edit"]["num_inference_steps"]) == ("dpmpp", 2)
     assert {**student.sampling["generate"], **chosen} == student.sampling["generate"]
     assert student.sampling["generate"]["guidance_scale"] == 1.0
     assert student.generate("a dog", seed=0).settings["solver"] == "dpmpp"
@@ -329,6 +331,8 @@ def test_the_configuration_of_the_bundled_model_is_usable(repo_root: Path, pipe:
         ("mixture={generate: -1, edit: 2}", "mixture.generate"),
         ("mixture={paint: 3}", "paint"),
         ("sampler={solvr: heun}", "did you mean 'solver'"),
+        ("sampler={edit: {solvr: heun}}", "did you mean 'solver'"),
+        ("sampler={edit: 8}", "under edit"),
         ("mixture={generate: 0, edit: 0, perceive: 0, control: 0, compose: 0}", "draws"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_drawing_is_bent_as_its_net_is_moved() -> None:
     still = np.zeros((NET + 1, NET + 1, 2))
     assert np.allclose(_bent(color, alpha, still)[0], color) and np.allclose(_bent(color, alpha, still)[1], alpha)
     # All corners look two pixels further right and one further down: what is there comes left and up.
-    moved = _bent(color, alpha, still + [2 / 32, 1 / 32])[0]
+    moved = _bent(color, alpha, np.full_like(still, 1) * (2 / 32, 1 / 32))[0]
     assert np.allclose(moved[:31, :30], color[1:, 2:])
     one = still.copy()
     one[0, 0] = 0.1  # only the mesh at that corner changes

@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unialignment.diffusion import MaskedPath
-from unialignment.errors import ConfigError, UniAlignmentError
+from unialignment.errors import ConfigError, InputError, UniAlignmentError
 from unialignment.model import UniAlignmentTransformer
 from unialignment.pipeline import UniAlignmentPipeline
 from unialignment.storage import storage_error, write_text
+from unialignment.tasks import TASKS
 from unialignment.training.batching import Batch
 from unialignment.training.checkpoint import (
     CheckpointStore,
@@ -96,8 +97,9 @@ class DistillSettings:
         checkpoint_every: Updates between checkpoints.
         log_every: Updates between log lines.
         seed: Of noise and order.
-        sampler: Defaults that the students carry instead of as many Euler steps as they have windows. A student of the
-            teacher's own number of steps has learned guidance only, and may be sampled as the teacher may.
+        sampler: Defaults that the students carry instead of as many Euler steps as they have windows, see
+            :func:`sampler_of`. A student of the teacher's own number of steps has learned guidance only, and may be
+            sampled as the teacher may.
 
     Raises:
         ConfigError: the stages aren't in order, or a number is out of range.
@@ -133,6 +135,18 @@ class DistillSettings:
             raise ConfigError("trajectories: at least 2 files are needed, one of them held out")
         if not 0 < self.draw_share < 1 or (self.budget_seconds is not None and self.budget_seconds <= 0):
             raise ConfigError("budget_seconds must be positive, and draw_share between 0 and 1")
+
+
+def sampler_of(sampler: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """A task's own options of ``DistillSettings.sampler``: those of all tasks, then those under its name.
+
+    Raises:
+        InputError: what is under its name isn't a mapping.
+    """
+    own = sampler.get(task, {})
+    if not isinstance(own, Mapping):
+        raise InputError(f"under {task} expected options like {{shift: 3.0}}, got {own!r}")
+    return {key: value for key, value in sampler.items() if key not in TASKS.names} | dict(own)
 
 
 class Distiller:
@@ -257,7 +271,7 @@ class Distiller:
         for task in self.teacher.scales:
             few = {"guidance_scale": 1.0, "image_guidance_scale": 1.0, "solver": "euler"}
             few |= {"shift": self.teacher.shifts[task], "num_inference_steps": stage.steps}
-            sampling[task] = {**sampling.get(task, {}), **few, **self.settings.sampler}
+            sampling[task] = {**sampling.get(task, {}), **few, **sampler_of(self.settings.sampler, task)}
         student = UniAlignmentPipeline(
             copy.deepcopy(self.student).eval(),
             self.pipe.text_embedder,

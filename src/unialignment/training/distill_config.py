@@ -13,7 +13,7 @@ from unialignment.inputs import merge_options
 from unialignment.tasks import TASKS
 from unialignment.training.batching import Batch, collate
 from unialignment.training.config import Section, WorldSection, merge, parse_overrides, read_yaml, validate
-from unialignment.training.distill import DistillSettings, Stage
+from unialignment.training.distill import DistillSettings, Stage, sampler_of
 from unialignment.training.distill_trajectories import Source
 
 _ELSEWHERE = 1 << 40
@@ -58,7 +58,8 @@ class DistillConfig(Section):
     )
     sampler: dict[str, Any] = Field(
         default_factory=dict,
-        description="Sampler defaults of the students. Default: as many unguided Euler steps as they were taught.",
+        description="Sampler defaults of the students, under a task's name for that task alone. Default: as many "
+        "unguided Euler steps as they were taught.",
     )
     draws: int = Field(4, ge=1, description="Windows of a trajectory in an update, which share its conditions.")
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -76,7 +77,9 @@ class DistillConfig(Section):
         if len(self.updates) != len(self.steps):
             raise ValueError(f"updates: {len(self.updates)} numbers for {len(self.steps)} stages (steps)")
         try:
-            merge_options(TASKS.get("generate"), {}, self.sampler)
+            for task in TASKS.names:
+                if TASKS.get(task).target == "image":
+                    merge_options(TASKS.get(task), {}, sampler_of(self.sampler, task))
         except InputError as error:
             raise ValueError(f"sampler: {error}") from None
         return self
