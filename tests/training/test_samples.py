@@ -9,7 +9,7 @@ import pytest
 
 from unialignment.errors import InputError
 from unialignment.training.config import TransformerConfig
-from unialignment.training.samples import open_stream
+from unialignment.training.world_samples import open_stream
 from unialignment.world.splits import is_held_out
 
 Make = Callable[..., TransformerConfig]

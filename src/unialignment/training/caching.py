@@ -45,7 +45,8 @@ from unialignment.training.features import (
     shard_done,
 )
 from unialignment.training.runtime import choose_device
-from unialignment.training.samples import QUARANTINE, WorldSamples, fits, open_data, teacher_text
+from unialignment.training.samples import QUARANTINE, fits, open_data, teacher_text
+from unialignment.training.world_samples import WorldSamples
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

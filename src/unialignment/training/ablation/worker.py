@@ -29,7 +29,7 @@ from unialignment.training.build import parameter_count
 from unialignment.training.config import read_yaml, validate
 from unialignment.training.logging import RunLog, read_metrics
 from unialignment.training.loop import Trainer
-from unialignment.training.samples import open_stream
+from unialignment.training.world_samples import open_stream
 
 RECORD = "record.json"
 TRAINED = "trained.json"
