@@ -333,6 +333,7 @@ def test_the_configuration_of_the_bundled_model_is_usable(repo_root: Path, pipe:
         ("sampler={solvr: heun}", "did you mean 'solver'"),
         ("sampler={edit: {solvr: heun}}", "did you mean 'solver'"),
         ("sampler={edit: 8}", "under edit"),
+        ("sampler={caption: {num_inference_steps: 8}}", "caption doesn't draw"),
         ("mixture={generate: 0, edit: 0, perceive: 0, control: 0, compose: 0}", "draws"),
     ],
 )

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from unialignment.diffusion import MaskedPath
 from unialignment.errors import ConfigError, InputError, UniAlignmentError
+from unialignment.inputs import merge_options
 from unialignment.model import UniAlignmentTransformer
 from unialignment.pipeline import UniAlignmentPipeline
 from unialignment.storage import storage_error, write_text
@@ -102,7 +103,7 @@ class DistillSettings:
             sampled as the teacher may.
 
     Raises:
-        ConfigError: the stages aren't in order, or a number is out of range.
+        ConfigError: the stages aren't in order, a number is out of range, or the sampler has options that can't be.
     """
 
     stages: tuple[Stage, ...]
@@ -135,18 +136,34 @@ class DistillSettings:
             raise ConfigError("trajectories: at least 2 files are needed, one of them held out")
         if not 0 < self.draw_share < 1 or (self.budget_seconds is not None and self.budget_seconds <= 0):
             raise ConfigError("budget_seconds must be positive, and draw_share between 0 and 1")
+        try:
+            check_sampler(self.sampler)
+        except InputError as error:
+            raise ConfigError(str(error)) from None
 
 
 def sampler_of(sampler: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """A task's own options of ``DistillSettings.sampler``: those of all tasks, then those under its name.
+    """A task's own options of ``DistillSettings.sampler``: those of all tasks, then those under its name."""
+    return {key: value for key, value in sampler.items() if key not in TASKS.names} | dict(sampler.get(task, {}))
+
+
+def check_sampler(sampler: Mapping[str, Any]) -> None:
+    """Whether tasks that draw can be sampled like this; seen before hours of distilling rather than after.
 
     Raises:
-        InputError: what is under its name isn't a mapping.
+        InputError: an unknown option, options of a task that writes, or something else than options.
     """
-    own = sampler.get(task, {})
-    if not isinstance(own, Mapping):
-        raise InputError(f"under {task} expected options like {{shift: 3.0}}, got {own!r}")
-    return {key: value for key, value in sampler.items() if key not in TASKS.names} | dict(own)
+    for task in map(TASKS.get, TASKS.names):
+        own = sampler.get(task.name, {})
+        if not isinstance(own, Mapping):
+            raise InputError(f"sampler: under {task.name} expected options like {{shift: 3.0}}, got {own!r}")
+        if own and task.target != "image":
+            raise InputError(f"sampler: {task.name} doesn't draw, and takes none of a student's options")
+        if task.target == "image":
+            try:
+                merge_options(task, {}, sampler_of(sampler, task.name))
+            except InputError as error:
+                raise InputError(f"sampler: {error}") from None
 
 
 class Distiller:

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from unialignment.errors import InputError
-from unialignment.inputs import merge_options
 from unialignment.tasks import TASKS
 from unialignment.training.batching import Batch, collate
 from unialignment.training.config import Section, WorldSection, merge, parse_overrides, read_yaml, validate
-from unialignment.training.distill import DistillSettings, Stage, sampler_of
+from unialignment.training.distill import DistillSettings, Stage
 from unialignment.training.distill_trajectories import Source
 
 _ELSEWHERE = 1 << 40
@@ -76,12 +75,6 @@ class DistillConfig(Section):
             raise ValueError("mixture: at least one task that draws needs samples")
         if len(self.updates) != len(self.steps):
             raise ValueError(f"updates: {len(self.updates)} numbers for {len(self.steps)} stages (steps)")
-        try:
-            for task in TASKS.names:
-                if TASKS.get(task).target == "image":
-                    merge_options(TASKS.get(task), {}, sampler_of(self.sampler, task))
-        except InputError as error:
-            raise ValueError(f"sampler: {error}") from None
         return self
 
     def _counts(self) -> list[tuple[str, int]]:
@@ -94,7 +87,7 @@ class DistillConfig(Section):
         """As the distiller takes them.
 
         Raises:
-            ConfigError: the step counts don't divide one another.
+            ConfigError: the step counts don't divide one another, or the sampler has options that can't be.
         """
         stages = tuple(Stage(*pair) for pair in zip(self.steps, self.updates, strict=True))
         names = (

@@ -1,8 +1,8 @@
 """Small random changes of pictures and drawings that a model reads, so that it recognises drawings it was never shown.
 
 A world has few drawings of each class, and a model learns them by heart: it then names what it has seen and little
-else. Turned, stretched, recoloured and noisy pictures have the same captions and answers, nearly always. Does not know
-which tasks read.
+else. Turned, stretched, bent, recoloured and noisy pictures have the same captions and answers, nearly always. Does
+not know which tasks read.
 """
 
 from __future__ import annotations
