@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from unialignment.processor import limit_instruction_sets
+
 if TYPE_CHECKING:
     from unialignment.pipeline import ImageResult, TextResult, UniAlignmentPipeline, load
 
 __version__ = "0.1.0"
 __all__ = ["ImageResult", "TextResult", "UniAlignmentPipeline", "__version__", "load"]
+
+limit_instruction_sets()
 
 
 def __getattr__(name: str) -> Any:

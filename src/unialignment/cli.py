@@ -113,6 +113,12 @@ COMMANDS: dict[str, Command] = {
         "unialign merge models/base runs/mine/lora --out models/mine",
         "configure_merge",
     ),
+    "grow": Command(
+        "write a larger model with the same outputs, to train on from there",
+        "weights:grow",
+        "unialign grow nano --layers 12 --out models/nano-12",
+        "configure_grow",
+    ),
     "convert": Command(
         "write a model in another folder layout",
         "weights:convert",

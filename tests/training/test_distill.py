@@ -144,6 +144,28 @@ def test_windows_are_slopes_between_the_points(pipe: Any, tmp_path: Path) -> Non
     assert 0 < one != pytest.approx(loss, rel=1e-3)
 
 
+@torch.no_grad()
+def test_with_a_shift_velocities_weigh_evenly_or_by_their_steps(pipe: Any, tmp_path: Path) -> None:
+    """The same trajectories under both weightings; at σ = 1 a shift of 3 makes steps short."""
+    stage = Stage(4, 1)
+    chosen = {"shift": 3.0, "trajectories": 2}
+    even = Distiller(pipe, batches_for(pipe), settings(stage, weighting="velocity", **chosen), tmp_path / "even")
+    arrival = Distiller(pipe, batches_for(pipe), settings(stage, **chosen), tmp_path / "arrival")
+    part = even.teacher.draw(batches_for(pipe)(0, "image")[0], torch.Generator().manual_seed(1))
+    change = part.grid.diff()
+    errors = []
+    for window, (here, step) in enumerate(zip(part.grid, change, strict=False)):
+        batch = replace(part, points=part.points[window : window + 2], grid=part.grid[window : window + 2])
+        errors.append(float(even.window_loss(batch, Stage(1, 1), 1)))
+        assert 0 < float(here) <= 1
+        assert float(step) < 0
+    weights = (4 * change).square()
+    assert float(even.window_loss(part, stage, 4)) == pytest.approx(sum(errors) / 4, rel=1e-4)
+    expected = float((weights * torch.tensor(errors)).mean())
+    assert float(arrival.window_loss(part, stage, 4)) == pytest.approx(expected, rel=1e-4)
+    assert float(weights[0]) < 0.2 < 2.5 < float(weights[-1])
+
+
 def test_texts_cost_nothing_until_the_student_changes(pipe: Any, tmp_path: Path) -> None:
     distiller = Distiller(pipe, batches_for(pipe), settings(Stage(2, 1)), tmp_path)
     batch = batches_for(pipe)(0, "text")[0]

@@ -1,4 +1,4 @@
-"""Commands about weights as files and as memory: merge, convert, plan. Each delegates to the room that does it."""
+"""Commands about weights as files and as memory: merge, grow, convert, plan. Each delegates to the room in charge."""
 
 from __future__ import annotations
 
@@ -58,6 +58,33 @@ def merge(args: argparse.Namespace) -> int:
     common.say(
         args, {**data, "seconds": common.seconds(started)}, [report.summary(), *unmatched_lines(report), str(args.out)]
     )
+    return 0
+
+
+def configure_grow(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``unialign grow``."""
+    parser.add_argument("model", help="packaged name, folder, or hub id")
+    parser.add_argument("--layers", type=int, metavar="N", help="transformer blocks of the larger model")
+    parser.add_argument(
+        "--mlp-ratio", type=float, metavar="X", help="its feed-forwards' width, as a multiple of the model's"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the added units' weights (%(default)s)")
+    _add_writing(parser)
+
+
+def grow(args: argparse.Namespace) -> int:
+    """Write a larger model with the same outputs, to train on from there."""
+    from unialignment.errors import InputError
+    from unialignment.model.folders import resolve_model
+    from unialignment.model.growth import grow as write
+
+    if args.layers is None and args.mlp_ratio is None:
+        raise InputError("say how much larger: --layers N, --mlp-ratio X, or both")
+    started = time.perf_counter()
+    facts = write(resolve_model(args.model), args.out, args.layers, args.mlp_ratio, args.seed, args.max_shard_size)
+    before, after = facts["parameters"]
+    line = f"{after:,} parameters instead of {before:,} ({after / before:.2f} times as many), the same outputs."
+    common.say(args, {"path": str(args.out), **facts, "seconds": common.seconds(started)}, [line, str(args.out)])
     return 0
 
 

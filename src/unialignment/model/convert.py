@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -232,24 +232,59 @@ def add_runs(
                 entries[name] = replaced(entry, partial(_moved, steps=steps))
                 changed[part] += 1
         summed[part] = entries
-    with _writing(model, Path(destination)) as writer:
-        for file in sorted(model.rglob("*")):
-            name = file.relative_to(model).as_posix()
-            inside = "/" in name or name == INDEX_NAME  # a card would be of other weights
-            if not file.is_file() or not inside or (name.split("/")[0] in parts and "safetensors" in file.name):
-                continue
-            if file.suffix == ".safetensors":
-                _same_weights(file, [folder / name for folder in folders])
-            elif name == "tokenizer/tokenizer.json":
-                for folder in folders:
-                    if not (folder / name).exists() or (folder / name).read_bytes() != file.read_bytes():
-                        raise CheckpointError(f"{folder} has other words than {model}: not trained from it")
-            writer.copy(file, name)
-        for part, entries in summed.items():
-            writer.tensors(part, "diffusion_pytorch_model", entries, shard)
-        facts = {"source": model.name, "added": [{"model": str(run), "scale": scale} for run, scale in runs]}
-        _manifest(writer, {"from": "unialignment", "to": "unialignment", **facts})
+    for name, file in _kept(model, parts):
+        if file.suffix == ".safetensors":
+            _same_weights(file, [folder / name for folder in folders])
+        elif name == "tokenizer/tokenizer.json":
+            for folder in folders:
+                if not (folder / name).exists() or (folder / name).read_bytes() != file.read_bytes():
+                    raise CheckpointError(f"{folder} has other words than {model}: not trained from it")
+    added = [{"model": str(run), "scale": scale} for run, scale in runs]
+    copy_changed(model, Path(destination), summed, {}, shard, {"added": added})
     return changed
+
+
+def copy_changed(
+    model: Path,
+    destination: Path,
+    weights: Mapping[str, Mapping[str, Entry]],
+    files: Mapping[str, Any],
+    shard: int,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a model folder of our layout with other weights, and without its card, which would be of the old ones.
+
+    Args:
+        model: Folder to take everything else from.
+        destination: Folder to write; must not exist or be empty.
+        weights: New tensors by component.
+        files: JSON files with new contents, by name.
+        shard: Bytes of the largest weight file.
+        facts: For the manifest.
+
+    Raises:
+        StorageError: It can't be written; nothing is left half-written.
+    """
+    with _writing(model, destination) as writer:
+        for name, file in _kept(model, weights):
+            if name not in files:
+                writer.copy(file, name)
+        for name, data in files.items():
+            writer.json(name, data)
+        for part, entries in weights.items():
+            writer.tensors(part, "diffusion_pytorch_model", entries, shard)
+        _manifest(writer, {"from": "unialignment", "to": "unialignment", "source": model.name, **facts})
+
+
+def _kept(model: Path, changed: Iterable[str]) -> list[tuple[str, Path]]:
+    """Files of a model folder but its card and the weights of changed components: name in the folder, and path."""
+    parts, kept = set(changed), []
+    for file in sorted(model.rglob("*")):
+        name = file.relative_to(model).as_posix()
+        inside = "/" in name or name == INDEX_NAME
+        if file.is_file() and inside and not (name.split("/")[0] in parts and "safetensors" in file.name):
+            kept.append((name, file))
+    return kept
 
 
 def _equal(one: Entry, other: Entry) -> bool:

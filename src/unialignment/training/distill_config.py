@@ -61,6 +61,10 @@ class DistillConfig(Section):
         "unguided Euler steps as they were taught.",
     )
     draws: int = Field(4, ge=1, description="Windows of a trajectory in an update, which share its conditions.")
+    weighting: Literal["arrival", "velocity"] = Field(
+        "arrival",
+        description="What of a window's error counts: where its step arrives, or the velocity itself at every level.",
+    )
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(3e-4, gt=0)
     warmup: int = Field(20, ge=1)
@@ -95,6 +99,7 @@ class DistillConfig(Section):
             "guidance",
             "shift",
             "draws",
+            "weighting",
             "budget_seconds",
             "draw_share",
             "optimizer",
