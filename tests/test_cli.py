@@ -100,6 +100,7 @@ def test_every_picture_command_has_json(run, dog: str, arguments: tuple[str, ...
         (("caption", "dog.png", "dog.png"), 2),
         (("answer", "dog.png", "what is the dog", "what is on the cat"), 2),
         (("infill", "dog.png", "the ___ is a [MASK]"), 1),
+        (("rewrite", "the dog", "a cat", "--seed", "3"), 2),
     ],
 )
 def test_every_text_command_prints_and_has_json(run, dog: str, arguments: tuple[str, ...], count: int):
@@ -109,6 +110,14 @@ def test_every_text_command_prints_and_has_json(run, dog: str, arguments: tuple[
     data = json.loads(run(*arguments, "--json", *FAST)[1])
     assert len(data["texts"]) == count
     assert all(entry["text"] in out for entry in data["texts"])
+
+
+def test_prompts_are_rewritten_on_demand(run):
+    arguments = ("generate", "the dog", "--seed", "3", "-n", "2", "--json", *FAST)
+    images = json.loads(run(*arguments, "--rewrite")[1])["images"]
+    said = [json.loads(run("rewrite", "the dog", "--seed", seed, "--json")[1])["texts"][0]["text"] for seed in "34"]
+    assert [image["revised_prompt"] for image in images] == said
+    assert "revised_prompt" not in json.loads(run(*arguments, "--no-rewrite")[1])["images"][0]
 
 
 def test_embed_compares_and_saves(run, dog: str, tmp_path: Path):

@@ -221,6 +221,40 @@ def test_best_of_keeps_the_most_similar(tiny_pipeline):
     assert every.scores is None
 
 
+def test_prompts_are_reworded_by_each_pictures_own_seed(tiny_pipeline, tmp_path: Path):
+    options = {"num_inference_steps": 2, "rewrite": True}
+    result = tiny_pipeline.generate(["the dog", "a cat"], seed=[3, 8], num_images_per_prompt=2, **options)
+    said = tiny_pipeline.rewrite(["the dog", "the dog", "a cat", "a cat"], seed=[3, 4, 8, 9]).texts
+    assert result.revised_prompts == said and len(set(said)) > 2
+    assert result.prompts == ["the dog", "the dog", "a cat", "a cat"]
+    drawn = tiny_pipeline.generate(said[1], seed=4, num_inference_steps=2)
+    again = tiny_pipeline.generate("the dog", seed=4, **options)
+    for one in (drawn, again):
+        assert np.abs(np.asarray(one.images[0]).astype(int) - np.asarray(result.images[1], dtype=int)).max() <= 1
+    (path,) = again.save(tmp_path / "dog.png")
+    assert read_metadata(path)["revised_prompt"] == said[1]
+    assert drawn.revised_prompts is None and "revised_prompt" not in drawn.metadata()[0]
+
+
+def test_rewriting_is_for_prompts_alone(tiny_pipeline):
+    nothing = tiny_pipeline.generate(None, seed=1, num_inference_steps=2, rewrite=True)
+    plain = tiny_pipeline.generate(None, seed=1, num_inference_steps=2)
+    assert nothing.revised_prompts is None
+    assert np.array_equal(np.asarray(nothing.images[0]), np.asarray(plain.images[0]))
+    with pytest.raises(InputError, match="edit has pictures"):
+        tiny_pipeline.edit("red", picture(1), rewrite=True)
+    with pytest.raises(InputError, match="True or False"):
+        tiny_pipeline.generate("the dog", rewrite="yes")
+
+
+def test_texts_can_be_guided_away_from_what_they_would_be_without_the_picture(tiny_pipeline):
+    options = {"seed": 1, "num_inference_steps": 4}
+    plain = tiny_pipeline.answer(picture(1), "what is the dog", **options)
+    guided = tiny_pipeline.answer(picture(1), "what is the dog", image_guidance_scale=8.0, **options)
+    assert plain.texts != guided.texts
+    assert guided.settings["image_guidance_scale"] == 8.0
+
+
 def test_callbacks_see_every_step_and_may_replace_latents(tiny_pipeline):
     seen = []
 

@@ -80,6 +80,12 @@ COMMANDS: dict[str, Command] = {
         'unialign infill dog.png "a [MASK] to the left of a red [MASK]"',
         "configure_infill",
     ),
+    "rewrite": Command(
+        "say a prompt as the model's own captions do, what it leaves open decided",
+        "texts:rewrite",
+        'unialign rewrite "a dog left of an apple"',
+        "configure_rewrite",
+    ),
     "embed": Command(
         "map pictures and texts to vectors of one space",
         "texts:embed",

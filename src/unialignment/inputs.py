@@ -35,7 +35,8 @@ class CommonOptions(TypedDict, total=False):
         seed: An integer for all inputs, or one for each. ``None``: a new one, reported in the result.
         num_inference_steps: Denoising steps; for texts an upper bound.
         guidance_scale: Pull towards the condition text; 1 is none.
-        image_guidance_scale: Pull towards the condition pictures; 1 is none.
+        image_guidance_scale: Pull towards the condition pictures; 1 is none. For texts: away from what would be written
+            without the pictures.
         negative_prompt: What to move away from, instead of the empty prompt; one, or one for each input.
         batch_size: Samples computed at once; results don't depend on it.
         callback_on_step_end: Called after every step as ``callback(pipe, step, timestep, tensors)``; ``tensors`` holds
@@ -66,6 +67,8 @@ class ImageOptions(CommonOptions, total=False):
     Attributes:
         num_images_per_prompt: Pictures for each input; picture i has seed ``seed + i``.
         best_of: Draw this many for each input and keep the ``num_images_per_prompt`` most similar to the prompt.
+        rewrite: Have the model say each prompt in its own words first (task ``rewrite``), anew for each seed: what the
+            prompt leaves open, like places, is then decided before a picture is drawn. Only without condition pictures.
         best_of_text: Compare with this text instead, one or one for each input: for edits, whose prompt is an
             instruction, what the result should show.
         guidance_interval: ``(low, high)`` noise levels in 0–1 between which guidance applies.
@@ -76,6 +79,7 @@ class ImageOptions(CommonOptions, total=False):
     """
 
     num_images_per_prompt: int
+    rewrite: bool
     best_of: int | None
     best_of_text: Prompts
     guidance_interval: tuple[float, float] | None
@@ -110,6 +114,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "image_guidance_scale": 1.0,
         "guidance_interval": (0.0, 1.0),
         "num_images_per_prompt": 1,
+        "rewrite": False,
         "best_of": None,
         "best_of_text": None,
         "solver": "euler",
@@ -167,6 +172,10 @@ def merge_options(task: Task, model_defaults: Mapping[str, Any], given: Mapping[
             isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value)
         ):
             raise InputError(f"{name} must be a finite number, got {value!r}")
+    if not isinstance(merged.get("rewrite", False), bool):
+        raise InputError(f"rewrite must be True or False, got {merged['rewrite']!r}")
+    if merged.get("rewrite") and task.max_sources:
+        raise InputError(f"rewrite works for prompts alone, and {task.name} has pictures beside them; leave it out")
     best_of = merged.get("best_of")
     if best_of is not None and 1 < best_of < merged["num_images_per_prompt"]:
         raise InputError(

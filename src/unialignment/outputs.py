@@ -25,6 +25,7 @@ class ImageResult:
         task: Task name.
         model: Name of the model.
         settings: Sampler settings in force, JSON-serialisable.
+        revised_prompts: With ``rewrite``, what each picture was drawn from instead of its prompt; else ``None``.
     """
 
     images: list[Image.Image]
@@ -34,6 +35,7 @@ class ImageResult:
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
     scores: list[float] | None = None
+    revised_prompts: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -45,6 +47,8 @@ class ImageResult:
             entry = {"task": self.task, "prompt": prompt, "seed": seed, "model": self.model, "settings": self.settings}
             if self.scores is not None:
                 entry["score"] = round(self.scores[index], 6)
+            if self.revised_prompts is not None:
+                entry["revised_prompt"] = self.revised_prompts[index]
             entries.append(entry)
         return entries
 

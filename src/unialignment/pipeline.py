@@ -283,6 +283,13 @@ class UniAlignmentPipeline(Placement):
         """Fill the gaps, one ``[MASK]`` or ``___`` for each missing word, of texts about pictures."""
         return self._write("infill", text, image, "", options)
 
+    def rewrite(self, prompt: Prompts, **options: Unpack[TextOptions]) -> TextResult:
+        """Say prompts as the model's own captions do, what they leave open decided by the seed.
+
+        ``generate(..., rewrite=True)`` draws from such texts.
+        """
+        return self._write("rewrite", prompt, None, "", options)
+
     def run(
         self, task: str, prompt: Prompts = None, images: Images = None, *, kind: str | None = "", **options: Any
     ) -> ImageResult | TextResult:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from unialignment.conditioning import Condition, Denoiser
 from unialignment.diffusion import Guidance, MaskedPath, SeededNoise, TextDecoding, decode, sigma_schedule, solve
-from unialignment.diffusion.guidance import Branch
+from unialignment.diffusion.guidance import WITH_PICTURES, WITH_PROMPT, Branch
 from unialignment.diffusion.solvers import SOLVERS
 from unialignment.errors import InputError
 from unialignment.images import ImageInput, fit_image, load_image
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 16_384
 """Target tokens in flight, guidance branches included, from which the default ``batch_size`` follows."""
 _SETTINGS = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "negative_prompt", "fit")
-IMAGE_SETTINGS = (*_SETTINGS, "guidance_interval", "solver", "shift", "best_of", "best_of_text")
+IMAGE_SETTINGS = (*_SETTINGS, "guidance_interval", "solver", "shift", "rewrite", "best_of", "best_of_text")
 TEXT_SETTINGS = (*_SETTINGS, "temperature", "top_p", "decoding", "confidence_threshold")
 
 
@@ -72,6 +73,10 @@ def draw(
     seeds = expand_seeds(options["seed"], len(requests), drawn)
     sources = Sources(pipe, requests, width, height, options)
     samples = [(row, seed) for row, row_seeds in enumerate(seeds) for seed in row_seeds]
+    shown = [requests[row] for row, _ in samples]
+    rewrites = options["rewrite"] and any(request.text for request in requests)
+    if rewrites:
+        shown = rewritten(pipe, shown, [seed for _, seed in samples], options)
     factor = pipe.autoencoder.spatial_factor
     shape = (pipe.transformer.config.in_channels, height // factor, width // factor)
     tokens = shape[1] * shape[2] // pipe.transformer.config.patch_size**2 * len(guidance.branches(True))
@@ -81,9 +86,11 @@ def draw(
     with _bar(pipe, task, len(groups), options) as bar:
         for indices in groups:
             rows = [samples[index][0] for index in indices]
-            denoiser = _denoiser(pipe, requests, sources, rows, guidance, options["use_cache"])
+            chosen = [shown[index] for index in indices]
+            pictured = [sources.pictures[row] for row in rows]
+            denoiser = _denoiser(pipe, chosen, pictured, guidance, options["use_cache"])
             denoiser.plan(sigmas[:-1])
-            velocity = _guided_velocity(denoiser, guidance, bool(requests[rows[0]].sources))
+            velocity = _guided_velocity(denoiser, guidance, bool(chosen[0].sources))
             fresh = SeededNoise([samples[index][1] for index in indices], shape)
             hook = _step_hook(pipe, options["callback_on_step_end"], indices, sigmas, bar)
             latents = solve(velocity, fresh().to(pipe.device), sigmas, options["solver"], hook, fresh)
@@ -91,15 +98,16 @@ def draw(
                 pictures[index] = picture.crop(sources.content(row)) if task.size_from_source else picture
             if ranking is not None:
                 ranking.see(indices, latents)
-    chosen = list(range(len(samples))) if ranking is None else ranking.best(keep)
+    kept = list(range(len(samples))) if ranking is None else ranking.best(keep)
     return ImageResult(
-        images=[pictures[index] for index in chosen],
-        seeds=[samples[index][1] for index in chosen],
-        prompts=[requests[samples[index][0]].prompt for index in chosen],
+        images=[pictures[index] for index in kept],
+        seeds=[samples[index][1] for index in kept],
+        prompts=[requests[samples[index][0]].prompt for index in kept],
         task=task.name,
         model=pipe.name,
         settings={**kind_setting(kind), "width": width, "height": height, **plain_settings(options, IMAGE_SETTINGS)},
-        scores=None if ranking is None else [float(ranking.scores[index]) for index in chosen],
+        scores=None if ranking is None else [float(ranking.scores[index]) for index in kept],
+        revised_prompts=[shown[index].text for index in kept] if rewrites else None,
     )
 
 
@@ -120,7 +128,7 @@ def write(
         InputError: An input or an option is unusable.
     """
     options, requests = _prepare(pipe, task, prompt, images, kind, given)
-    guidance = Guidance(options["guidance_scale"], options["image_guidance_scale"])
+    guidance = Guidance(options["guidance_scale"], options["image_guidance_scale"], reads=True)
     steps = options["num_inference_steps"]
     decoding = TextDecoding(
         options["decoding"], steps, options["temperature"], options["top_p"], options["confidence_threshold"]
@@ -146,7 +154,8 @@ def write(
     groups = _groups(shapes, options["batch_size"], length)
     with _bar(pipe, task, len(groups), options) as bar:
         for rows in groups:
-            denoiser = _denoiser(pipe, requests, sources, rows, guidance, options["use_cache"], texts=beside)
+            chosen, pictured = [requests[row] for row in rows], [sources.pictures[row] for row in rows]
+            denoiser = _denoiser(pipe, chosen, pictured, guidance, options["use_cache"], texts=beside)
             branches = guidance.branches(bool(requests[rows[0]].sources))
             # A gap is a missing word, never the end of the text.
             logits = _guided_logits(pipe, denoiser, guidance, branches, end if task.gaps else None)
@@ -167,6 +176,31 @@ def write(
     )
 
 
+def rewritten(
+    pipe: UniAlignmentPipeline, requests: Sequence[Request], seeds: Sequence[int], options: Mapping[str, Any]
+) -> list[Request]:
+    """The requests with condition texts as the model words them, each by its own seed; those without a prompt as are.
+
+    Args:
+        pipe: The model.
+        requests: One for each sample.
+        seeds: Theirs.
+        options: Of the drawing; ``batch_size``, ``use_cache`` and ``progress`` hold for this as well.
+
+    Raises:
+        InputError: a prompt is too long, or the model can't hold text encoder and transformer at once.
+    """
+    asked = [index for index, request in enumerate(requests) if request.text]
+    result = list(requests)
+    own = {name: options[name] for name in ("batch_size", "use_cache", "progress")}
+    texts = [requests[index].text for index in asked]
+    # A prompt is worded again for each of its pictures, which differ in what it leaves open.
+    said = pipe.rewrite(texts, seed=[seeds[index] for index in asked], **own)
+    for index, text in zip(asked, said.texts, strict=True):
+        result[index] = replace(requests[index], text=text or requests[index].text)
+    return result
+
+
 # --------------------------------------------------------------------------------------------------- inputs and results
 
 
@@ -185,7 +219,7 @@ def _prepare(
         pipe.check_length(request.negative)
     if options["batch_size"] is None:
         options["batch_size"] = pipe.batch_limit
-    if task.target == "image":
+    if task.target == "image" and not options["rewrite"]:
         texts = [text for request in requests for text in (request.text, request.negative)]
         if (options["best_of"] or 1) > 1:
             texts += ["", *compared_texts(task, requests, options["best_of_text"])]
@@ -317,35 +351,36 @@ def _groups(shapes: Sequence[Hashable], batch_size: int | None, tokens: int) -> 
 def _denoiser(
     pipe: UniAlignmentPipeline,
     requests: Sequence[Request],
-    sources: Sources,
-    rows: Sequence[int],
+    pictures: Sequence[tuple[Image.Image, ...]],
     guidance: Guidance,
     cached: bool,
     texts: bool = True,
 ) -> Denoiser:
-    """The model as a function of target tokens, given the conditions of ``rows``, each distinct one encoded once.
+    """The model as a function of target tokens, given a request and fitted pictures for each sample.
+
+    Each distinct condition is encoded once.
 
     Samples of one prompt share its condition, and so do all samples of a branch that guides away from the same thing.
     Without ``texts``, pictures are the only conditions.
     """
-    count = len(requests[rows[0]].sources)
-    encoded = _latents(pipe, [picture for row in rows for picture in sources.pictures[row]])
+    count = len(requests[0].sources)
+    encoded = _latents(pipe, [picture for own in pictures for picture in own])
     conditions: dict[Branch, Condition] = {}
     index: dict[Branch, Tensor] = {}
     for branch in guidance.branches(count > 0):
 
         def identity(row: int, branch: Branch = branch) -> tuple[Hashable, ...]:
-            prompt = requests[row].text if branch == "full" else requests[row].negative
-            pictures = () if branch == "nothing" else tuple(id(picture) for picture in sources.pictures[row])
-            return (prompt if texts else "", *pictures)
+            prompt = requests[row].text if branch in WITH_PROMPT else requests[row].negative
+            own = (id(picture) for picture in pictures[row]) if branch in WITH_PICTURES else ()
+            return (prompt if texts else "", *own)
 
-        unique = list(dict.fromkeys(identity(row) for row in rows))
-        first = {identity(row): row for row in reversed(rows)}
-        index[branch] = torch.tensor([unique.index(identity(row)) for row in rows], device=pipe.device)
-        chosen = [first[key] for key in unique]
+        keys = [identity(row) for row in range(len(requests))]
+        unique = list(dict.fromkeys(keys))
+        index[branch] = torch.tensor([unique.index(key) for key in keys], device=pipe.device)
+        chosen = [keys.index(key) for key in unique]
         images = [
-            torch.stack([encoded[id(sources.pictures[row][number])] for row in chosen])
-            for number in range(0 if branch == "nothing" else count)
+            torch.stack([encoded[id(pictures[row][number])] for row in chosen])
+            for number in range(count if branch in WITH_PICTURES else 0)
         ]
         if texts:
             conditions[branch] = pipe.condition([str(key[0]) for key in unique], images)

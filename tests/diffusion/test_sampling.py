@@ -159,6 +159,19 @@ def test_no_guidance_needs_one_pass() -> None:
     assert Guidance(3.0, interval=(0.2, 0.8)).branches(False, 0.5) == ("full", "no_text")
 
 
+def test_texts_are_guided_away_from_what_the_prompt_alone_would_say() -> None:
+    full, no_image, nothing = (torch.tensor(value) for value in (5.0, 3.0, 1.0))
+    guidance = Guidance(image_scale=2.0, reads=True)
+    assert guidance.branches(True) == ("full", "no_image")
+    assert guidance.branches(False) == ("full",)
+    assert float(guidance.combine({"full": full, "no_image": no_image})) == 3 + 2 * (5 - 3)
+    both = Guidance(text_scale=3.0, image_scale=2.0, reads=True)
+    assert both.branches(True) == ("full", "no_image", "nothing")
+    assert float(both.combine({"full": full, "no_image": no_image, "nothing": nothing})) == 1 + 3 * 2 + 2 * 2
+    assert Guidance(text_scale=3.0, reads=True).branches(True) == ("full", "no_text")
+    assert Guidance(text_scale=2.0, image_scale=2.0, reads=True).branches(True) == ("full", "nothing")
+
+
 @pytest.mark.parametrize("make", [lambda: Guidance(-1), lambda: Guidance(1, 1, (0.9, 0.1))])
 def test_bad_guidance(make: object) -> None:
     with pytest.raises(InputError):

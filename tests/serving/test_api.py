@@ -98,6 +98,24 @@ def test_generate_several_with_settings(client: Any, pipe: Any) -> None:
         assert_same(picture(data), image)
 
 
+def test_prompts_are_rewritten_on_demand(client: Any, pipe: Any) -> None:
+    options = {"seed": 3, "num_inference_steps": 3}
+    answer = client.images.generate(prompt="a dog", n=2, extra_body={**options, "rewrite": True})
+    expected = pipe.generate("a dog", num_images_per_prompt=2, rewrite=True, **options)
+    assert [data.revised_prompt for data in answer.data] == expected.revised_prompts
+    for data, image in zip(answer.data, expected.images, strict=True):
+        assert_same(picture(data), image)
+    assert client.images.generate(prompt="a dog", extra_body=options).data[0].revised_prompt is None
+    stream = client.images.generate(
+        prompt="a dog", stream=True, partial_images=1, extra_body={**options, "rewrite": True}
+    )
+    assert_same(picture(list(stream)[-1]), expected.images[0])
+    said = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "a dog"}], seed=3, extra_body={"task": "rewrite"}
+    )
+    assert said.choices[0].message.content == expected.revised_prompts[0]
+
+
 def test_every_solver_can_be_asked_for(client: Any, pipe: Any, images: list[Image.Image]) -> None:
     assert get_args(Solver) == SOLVERS
     options = {"seed": 3, "num_inference_steps": 3, "solver": "dpmpp"}

@@ -99,6 +99,15 @@ def every_kind(pictures: list[Any]) -> list[TaskRequest]:
         TaskRequest("answer", "what is the dog", (second,), options={"guidance_scale": 2.0, "seed": 1}),
         TaskRequest("caption", None, (second,), options={"confidence_threshold": 0.02}),
         TaskRequest("infill", "a ___ next to ___ dog", (second,)),
+        TaskRequest("answer", "what is the dog", (second,), options={"image_guidance_scale": 2.0, "seed": 1}),
+        TaskRequest("answer", "what is a dog", (second,), options={"image_guidance_scale": 2.0, "guidance_scale": 3.0}),
+        TaskRequest("rewrite", "a dog left of a cat", options={"seed": 3}),
+        TaskRequest("generate", "a dog", options={"seed": 1, "rewrite": True, "num_inference_steps": 3}),
+        TaskRequest(
+            "generate", "a dog and an apple",
+            options={"seed": 8, "rewrite": True, "num_images_per_prompt": 2, "best_of": 3, "num_inference_steps": 3},
+        ),
+        TaskRequest("generate", None, options={"seed": 8, "rewrite": True, "num_inference_steps": 3}),
     ]  # fmt: skip
 
 
@@ -125,10 +134,11 @@ def test_together_as_alone(make_tiny_pipeline: Any, pictures: list[Any], mode: s
         assert together.prompts == single.prompts
         if "seed" in request.options:
             assert together.seeds == single.seeds
-        if request.task in ("caption", "answer", "infill"):
+        if request.task in ("caption", "answer", "infill", "rewrite"):
             assert together.texts == single.texts, request
             continue
         assert len(together.images) == len(single.images)
+        assert together.revised_prompts == single.revised_prompts
         assert together.scores == pytest.approx(single.scores, abs=1e-5)
         for one, other in zip(together.images, single.images, strict=True):
             assert one.size == other.size

@@ -1,4 +1,4 @@
-"""Task declarations: the eight of the design, their refusals, and how little adding one takes."""
+"""Task declarations: the eight of the design and one more, their refusals, and how little adding one takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from unialignment.errors import InputError
 from unialignment.tasks import TASKS, Task, TaskRegistry
 
 
-def test_the_eight_tasks_of_the_design() -> None:
+def test_the_eight_tasks_of_the_design_and_rewriting() -> None:
     targets = {name: TASKS.get(name).target for name in TASKS.names}
     assert targets == {
         "generate": "image",
@@ -19,6 +19,7 @@ def test_the_eight_tasks_of_the_design() -> None:
         "caption": "text",
         "answer": "text",
         "infill": "text",
+        "rewrite": "text",
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from unialignment.errors import ConfigError
 from unialignment.training.config import TransformerConfig
-from unialignment.training.jitter import NET, _bent, _turned, jitter, recolor_sprite, vary_sprite
+from unialignment.training.jitter import NET, _bent, _turned, jitter, recolor_sprite, relight_sprite, vary_sprite
 from unialignment.training.samples import open_data
 from unialignment.world.language import style_adjective
 from unialignment.world.render import Renderer
@@ -120,6 +120,43 @@ def test_only_what_is_read_in_training_is_changed(tiny: Make, pack) -> None:
         assert np.array_equal(plain.sample(task, 5).target_image, moved.sample(task, 5).target_image)
     held = [open_data(tiny(setting), split="held_out") for setting in ("world.jitter=1", "world.jitter=0")]
     assert np.array_equal(*(data.sample("caption", 5).sources[0] for data in held))
+
+
+def test_another_hands_drawing_is_as_large_and_as_solid(nano) -> None:
+    rng = np.random.default_rng(4)
+    alpha = np.zeros((32, 32, 3), np.float32)
+    alpha[4:28, 6:26] = 1
+    color = alpha * np.float32(rng.integers(40, 200, (32, 32, 3)))
+    kept = (color.copy(), alpha.copy())
+    different = 0
+    for seed in range(40):
+        new, solid = relight_sprite(color, alpha, 1.0, np.random.default_rng(seed))
+        again, _ = relight_sprite(color, alpha, 1.0, np.random.default_rng(seed))
+        assert np.array_equal(solid, alpha) and new.shape == color.shape and np.array_equal(new, again)
+        assert not new[alpha == 0].any() and new.min() >= 0
+        different += not np.allclose(new, color)
+    assert 30 <= different < 40  # each of three changes is left out half of the time
+    assert np.array_equal(color, kept[0]) and np.array_equal(alpha, kept[1])
+
+
+def test_styles_are_not_learned_from_drawings_in_another_hand(tiny: Make, pack) -> None:
+    changed = open_data(tiny("world.jitter=1", "world.relit=1"))
+    plain = open_data(tiny("world.jitter=1"))
+    given = 0
+    for place in range(40):
+        caption, before = changed.sample("caption", place), plain.sample("caption", place)
+        styles = {style_adjective(item.style) for item in caption.meta["scene"].objects}
+        said = {caption.target_text[start:end] for start, end in caption.given}
+        assert said == {style for style in styles if style in caption.target_text.replace(",", "").split()}
+        assert caption.target_text == before.target_text and not before.given
+        assert not np.array_equal(caption.sources[0], before.sources[0])
+        question, same = changed.sample("answer", place), plain.sample("answer", place)
+        about_style = question.kind == "style" or any(
+            style in f"{question.prompt} {question.target_text}" for style in ("flat", "shaded")
+        )
+        assert np.array_equal(question.sources[0], same.sources[0]) == about_style
+        given += about_style
+    assert 0 < given < 40
 
 
 def test_features_of_a_changed_picture_are_not_taken_for_the_scenes(tiny: Make, pack) -> None:

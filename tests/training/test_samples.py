@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from unialignment.errors import InputError
 from unialignment.training.config import TransformerConfig
+from unialignment.training.samples import StepProducer, StepSource, open_data
 from unialignment.training.world_samples import open_stream
 from unialignment.world.splits import is_held_out
 
@@ -47,6 +49,35 @@ def test_named_questions_are_trained_on_and_validation_asks_all(tiny: Make, pack
     assert len(asked("held_out")) == 8
     with pytest.raises(InputError, match=r"world.questions names why; expected kinds are .*exists"):
         open_stream(tiny("world.questions=[exists,why]"), "train", 0)
+
+
+def test_prompts_are_reworded_in_the_presets_styles_and_classes(tiny: Make, pack) -> None:
+    data = open_data(tiny("world.styles=[twemoji]", "world.others=1", "world.jitter=1"))
+    for index in range(60):
+        sample = data.sample("rewrite", index)
+        assert not sample.sources
+        assert {item.style for item in sample.meta["scene"].objects} <= {"noto", "fluent"}
+        assert {item.name for item in sample.meta["scene"].objects} <= set(data.stream.preset.names)
+
+
+def test_a_share_of_texts_is_learned_without_pictures(tiny: Make, pack, tokenizer_folder: Path) -> None:
+    others = "perceive: 0, control: 0, compose: 0, infill: 0"
+    mixture = f"mixture={{generate: 2, edit: 2, caption: 6, answer: 6, {others}}}"
+
+    def seen(*settings: str) -> dict[str, tuple[int, int]]:
+        produce = StepProducer(StepSource(tiny(mixture, *settings), tokenizer_folder))
+        found: dict[str, list[int]] = {}
+        for step in range(6):
+            for batch in produce(step)[0]:
+                for task in batch.tasks:
+                    found.setdefault(task, []).append(len(batch.sources))
+        return {task: (len(counts), sum(counts)) for task, counts in found.items()}
+
+    assert seen() == {"generate": (12, 0), "edit": (12, 12), "caption": (36, 36), "answer": (36, 36)}
+    blind = seen("source_dropout=0.5")
+    assert blind["generate"] == (12, 0) and blind["edit"] == (12, 12)
+    assert all(9 <= blind[task][1] <= 27 and blind[task][0] == 36 for task in ("caption", "answer"))
+    assert seen("source_dropout=0.5") == blind
 
 
 def test_a_style_that_the_pack_lacks_is_named(tiny: Make, pack) -> None:

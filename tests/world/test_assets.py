@@ -127,7 +127,7 @@ def test_extra_styles_need_npm(tmp_path: Path) -> None:
 
 
 def test_every_extra_style_has_a_word_and_spares_held_out_drawings() -> None:
-    assert set(STYLE_ADJECTIVES) == {*NPM_STYLES, *EXTRA_STYLES} and len(set(STYLE_ADJECTIVES.values())) == 7
+    assert set(STYLE_ADJECTIVES) == {*NPM_STYLES, *EXTRA_STYLES} and len(set(STYLE_ADJECTIVES.values())) == 10
     names = [item.name for item in CLASSES]
     for redrawn, original in (("fluent3d", "fluent"), ("noto-v1", "noto")):
         assert [is_held_out_style(n, redrawn) for n in names] == [is_held_out_style(n, original) for n in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
@@ -18,6 +19,8 @@ from unialignment.world.questions import is_correct
 from unialignment.world.splits import is_held_out
 from unialignment.world.sprites import SpritePack
 from unialignment.world.stream import TASKS, WorldStream, all_language
+
+WRITTEN = ("caption", "answer", "infill", "rewrite")
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +67,10 @@ def test_roles_and_shapes(task, stream) -> None:
         sample = stream.sample(task, index)
         assert sample.task == task
         assert bool(sample.prompt) == (task != "caption")
-        number = {"generate": (0,), "compose": (2, 3)}.get(task, (1,))
+        number = {"generate": (0,), "rewrite": (0,), "compose": (2, 3)}.get(task, (1,))
         assert len(sample.sources) in number
-        assert (sample.target_image is None) == (task in ("caption", "answer", "infill"))
-        assert (sample.target_text is None) == (task not in ("caption", "answer", "infill"))
+        assert (sample.target_image is None) == (task in WRITTEN)
+        assert (sample.target_text is None) == (task not in WRITTEN)
         for image in (*sample.sources, *([] if sample.target_image is None else [sample.target_image])):
             assert image.shape == (64, 64, 3) and image.dtype == np.uint8
 
@@ -79,6 +82,19 @@ def test_training_never_shows_a_held_out_combination(task, stream, held_out) -> 
         for scene in (shown["scene"], *shown.get("sources", ()), *([shown["source"]] if "source" in shown else [])):
             assert not is_held_out(scene)
         assert is_held_out(held_out.sample(task, index).meta["scene"])
+
+
+def test_a_prompt_is_rewritten_as_the_caption_of_a_scene_that_it_describes(stream, nano) -> None:
+    samples = [stream.sample("rewrite", index) for index in range(300)]
+    for sample in samples:
+        scene = sample.meta["scene"]
+        assert sample.prompt == sample.meta["description"].text
+        assert sample.target_text == captions.describe_canonical(scene).text
+        # What the caption adds is the scene's, so a prompt's relations hold in it.
+        assert len(captions.describe_canonical(scene).places) == len(scene.objects)
+    plain = sum(sample.prompt == sample.target_text for sample in samples)
+    kinds = Counter(sample.kind for sample in samples)
+    assert 15 <= plain <= 50 and 60 <= kinds["long"] <= 120
 
 
 def test_pictures_show_the_scenes_of_meta(stream, renderer) -> None:

@@ -44,6 +44,12 @@ def add_image_sampling(parser: argparse.ArgumentParser, sources: bool) -> None:
     group.add_argument("--seed", type=int, help="repeatable result (default: a new one, which is reported)")
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
     group.add_argument("--guidance-scale", type=float, metavar="X", help="pull towards the text; 1 is none")
+    if not sources:
+        group.add_argument(
+            "--rewrite",
+            action=argparse.BooleanOptionalAction,
+            help="have the model word the prompt first, places and all (default: the model's)",
+        )
     if sources:
         group.add_argument("--image-guidance-scale", type=float, metavar="X", help="pull towards the pictures given")
     group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels 0–1")
@@ -93,6 +99,7 @@ def image_options(args: argparse.Namespace) -> dict[str, Any]:
         guidance_interval=tuple(interval) if interval else None,
         negative_prompt=args.negative_prompt,
         solver=args.solver,
+        rewrite=getattr(args, "rewrite", None),
         num_images_per_prompt=args.num_images,
         best_of=args.best_of,
         best_of_text=args.best_of_text,

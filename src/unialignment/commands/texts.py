@@ -1,4 +1,4 @@
-"""Commands whose result is a text or a vector: caption, answer, infill, embed."""
+"""Commands whose result is a text or a vector: caption, answer, infill, rewrite, embed."""
 
 from __future__ import annotations
 
@@ -55,6 +55,21 @@ def infill(args: argparse.Namespace) -> int:
     pipe = common.load_pipeline(args)
     started = time.perf_counter()
     result = pipe.infill(args.image, args.text, **common.text_options(args))
+    return common.report_texts(args, result, started)
+
+
+def configure_rewrite(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``unialign rewrite``."""
+    parser.add_argument("prompt", nargs="+", help="prompts, each in quotes")
+    common.add_text_sampling(parser)
+    common.add_model(parser)
+
+
+def rewrite(args: argparse.Namespace) -> int:
+    """Say prompts as the model's own captions do."""
+    pipe = common.load_pipeline(args)
+    started = time.perf_counter()
+    result = pipe.rewrite(args.prompt, **common.text_options(args))
     return common.report_texts(args, result, started)
 
 

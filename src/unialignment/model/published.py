@@ -486,7 +486,7 @@ def sampling_settings(shift: float) -> dict[str, dict[str, Any]]:
     """The published pipeline's sampler settings by task, with a scheduler's shift."""
     draw = {"num_inference_steps": 50, "guidance_scale": 7.0, "shift": shift}
     write = {"num_inference_steps": 64, "max_length": 128, "confidence_threshold": 1.0}
-    drawing, writing = ("edit", "perceive", "control", "compose"), ("caption", "answer", "infill")
+    drawing, writing = ("edit", "perceive", "control", "compose"), ("caption", "answer", "infill", "rewrite")
     return {
         "generate": {**draw, "num_inference_steps": 28},
         **{task: dict(draw) for task in drawing},

@@ -69,8 +69,8 @@ def _step(config: TransformerConfig, parts: Components, prompt: int) -> None:
             images = torch.empty(batch * count, 3, pixels, pixels)
             with torch.no_grad():
                 latents = list(parts.autoencoder.encode(images).float().chunk(count)) if count else []
-            # Captions have no prompt, questions are short.
-            words = prompt if target == "image" else min(prompt, PROMPT_BUCKET)
+            # Captions have no prompt, questions are short; a text from no picture is about a prompt.
+            words = prompt if target == "image" or not sources else min(prompt, PROMPT_BUCKET)
             if target == "text" and parts.encoder is not None:  # as published: a question leads the text it is about
                 words, length = 0, length + words
             text, mask = embed(parts, batch, words), torch.ones(batch, words, dtype=torch.bool)

@@ -61,14 +61,14 @@ def _prepare(service: Service, body: ChatBody) -> _Talk:
     service.check_text(text, "messages")
     service.check_text(body.negative_prompt or "", "negative_prompt")
     task = body.task or task_of(text)
-    if not images:
+    declared = service.pipe.tasks.get(task)
+    if not images and declared.min_sources:
         message = "this model answers questions about pictures: put one into a user message as an image_url part"
         raise APIError(400, message, "missing_image", "messages")
     if len(images) > 1:
         message = f"one picture a message, got {len(images)}; ask about each in a request of its own"
         raise APIError(400, message, "too_many_images", "messages")
-    picture = picture_from_url(images[0], service.settings.allow_urls, "messages")
-    declared = service.pipe.tasks.get(task)
+    pictures = tuple(picture_from_url(url, service.settings.allow_urls, "messages") for url in images)
     options: dict[str, Any] = {
         name: value
         for name in (
@@ -83,14 +83,14 @@ def _prepare(service: Service, body: ChatBody) -> _Talk:
     prompt = text if task != "caption" else None
     requests = tuple(
         TaskRequest(
-            task, prompt, (picture,), "",
+            task, prompt, pictures, "",
             {**options, **({} if body.seed is None else {"seed": body.seed + index})},
             body.priority, body.timeout, int(bool(body.stream)),
         )
         for index in range(count)
     )  # fmt: skip
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    tokens = service.count_tokens(text) + (service.pipe.default_size // service.size_step) ** 2
+    tokens = service.count_tokens(text) + len(pictures) * (service.pipe.default_size // service.size_step) ** 2
     return _Talk(requests, tokens, tuple(stop for stop in stops if stop))
 
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from unialignment.errors import InputError
+from unialignment.outputs import TextResult
 from unialignment.serving.handle import Handle
 from unialignment.serving.jobs import EmbedJob, Job
 from unialignment.serving.memory import free_bytes
-from unialignment.serving.plans import EmbedPlan, Plan, make_plan
+from unialignment.serving.plans import EmbedPlan, ImagePlan, Plan, make_plan
 from unialignment.serving.requests import (
     DeadlineError,
     Done,
@@ -250,7 +251,8 @@ class Engine:
                 if rows and rows + waiting.plan.rows > _PASSES * self.max_rows:
                     blocked.add(waiting.target)
                     continue
-                job: Job | EmbedJob = Job(self.pipe, waiting.handle, waiting.plan)
+                first = waiting.plan.rewriting if isinstance(waiting.plan, ImagePlan) else None
+                job: Job | EmbedJob = Job(self.pipe, waiting.handle, first or waiting.plan)
             else:
                 job = EmbedJob(self.pipe, waiting.handle, waiting.plan)
             self._queue.remove(waiting)
@@ -267,6 +269,9 @@ class Engine:
         return entry
 
     def _on_done(self, job: Job | EmbedJob, result: Any) -> None:
+        if isinstance(job, Job) and job.first:
+            self._draw(job, result)
+            return
         now = time.monotonic()
         with self._lock:
             self._release(job)
@@ -274,6 +279,17 @@ class Engine:
             self._seconds += 0.1 * (now - self._completed_at - self._seconds)
             self._completed_at = now
         job.handle.emit(Done(result, job.started - job.handle.submitted, now - job.handle.submitted))
+
+    def _draw(self, job: Job, result: TextResult) -> None:
+        """Go on from a rewritten prompt to its pictures."""
+        with self._lock:
+            entry = self._entries.pop(id(job))
+            assert isinstance(entry.plan, ImagePlan)
+            prompts = [text or entry.plan.branches["full"] or "" for text in result.texts]
+            drawing = Job(self.pipe, entry.handle, entry.plan, prompts)
+            drawing.started = job.started
+            self._entries[id(drawing)] = entry
+            self._scheduler.jobs.append(drawing)
 
     def _on_failed(self, job: Job | EmbedJob, error: BaseException) -> None:
         log.error("request %d failed", job.handle.id, exc_info=error)

@@ -49,7 +49,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 }
 _PASSED = (
     *("seed", "num_inference_steps", "guidance_scale", "image_guidance_scale", "negative_prompt", "fit"),
-    *("guidance_interval", "solver", "shift", "best_of", "best_of_text"),
+    *("guidance_interval", "solver", "shift", "rewrite", "best_of", "best_of_text"),
 )
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -125,7 +125,11 @@ def _usage(service: Service, drawing: _Drawing, result: ImageResult) -> Usage:
 def _encoded(drawing: _Drawing, result: ImageResult) -> list[ImageData]:
     entries = zip(result.images, result.seeds, result.metadata(), strict=True)
     return [
-        ImageData(b64_json=encode(resized(image, drawing.size), drawing.kind, drawing.quality, metadata), seed=seed)
+        ImageData(
+            b64_json=encode(resized(image, drawing.size), drawing.kind, drawing.quality, metadata),
+            seed=seed,
+            revised_prompt=metadata.get("revised_prompt"),
+        )
         for image, seed, metadata in entries
     ]
 

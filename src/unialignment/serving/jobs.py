@@ -6,7 +6,7 @@ What samples ask for is computed elsewhere, together with what others ask for. K
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from unialignment.diffusion import SeededNoise, decoding_steps, solver_steps
-from unialignment.diffusion.guidance import Branch
+from unialignment.diffusion.guidance import WITH_PROMPT, Branch
 from unialignment.outputs import ImageResult, TextResult
 from unialignment.reranking import Reranker
 from unialignment.serving.batches import Known, Row
 from unialignment.serving.handle import Handle
 from unialignment.serving.plans import EmbedPlan, ImagePlan, Plan, TextPlan
-from unialignment.serving.requests import Progress, TaskRequest, TextSoFar
+from unialignment.serving.requests import Event, Progress, TaskRequest, TextSoFar
 
 if TYPE_CHECKING:
     from unialignment.pipeline import UniAlignmentPipeline
@@ -60,8 +60,12 @@ class Sample:
         assert self._asked is not None
         target, second = self._asked
         if isinstance(self.job.plan, ImagePlan):
-            return [Row(self.job.conditions[branch], target, second) for branch in self._branches()]
-        return [Row(self.job.conditions[branch], target, 0.0, second) for branch in self._branches()]
+            return [Row(self._condition(branch), target, second) for branch in self._branches()]
+        return [Row(self._condition(branch), target, 0.0, second) for branch in self._branches()]
+
+    def _condition(self, branch: Branch) -> Known:
+        known = self.job.conditions[branch]
+        return known[self.index if len(known) > 1 else 0]
 
     def _branches(self) -> tuple[Branch, ...]:
         plan = self.job.plan
@@ -91,21 +95,21 @@ class Sample:
     def _image_step(self, step: int, _sigma: float, _x: Tensor) -> None:
         self.step = step + 1
         if self.step not in self.job.preview_steps:
-            self.job.handle.emit(Progress(self.index, self.step, self.job.steps))
+            self.job.emit(Progress(self.index, self.step, self.job.steps))
 
     def _text_step(self, step: int, ids: Tensor) -> None:
         self.step = step + 1
         plan, job = self.job.plan, self.job
         assert isinstance(plan, TextPlan)
         if not job.previews:
-            job.handle.emit(Progress(self.index, self.step, job.steps))
+            job.emit(Progress(self.index, self.step, job.steps))
             return
         written = ids[0, plan.start :].tolist()
         settled = settled_text(job.pipe.tokenizer, written)
         # Kept if a tokenizer should ever take back what it said: readers rely on it.
         self.job.settled = settled if settled.startswith(self.job.settled) else self.job.settled
         text = job.pipe.tokenizer.decode([written])[0]
-        job.handle.emit(TextSoFar(self.index, self.step, job.steps, text, self.job.settled))
+        job.emit(TextSoFar(self.index, self.step, job.steps, text, self.job.settled))
 
 
 def settled_text(tokenizer: Any, ids: list[int]) -> str:
@@ -132,16 +136,20 @@ class Job:
         pipe: The model.
         handle: The request.
         plan: What it needs.
+        prompts: Condition texts of its samples where each has its own: rewritten ones.
 
     Attributes:
-        conditions: Guidance branch → conditions, kept while it lives; set before its first step.
+        conditions: Guidance branch → conditions, one for all samples or one for each, kept while it lives; set before
+            its first step.
         samples: Its results on their way; empty until :meth:`start`.
         started: ``time.monotonic()`` when it left the queue.
     """
 
-    def __init__(self, pipe: UniAlignmentPipeline, handle: Handle, plan: Plan) -> None:
-        self.pipe, self.handle, self.plan = pipe, handle, plan
-        self.conditions: Mapping[Branch, Known] = {}
+    def __init__(
+        self, pipe: UniAlignmentPipeline, handle: Handle, plan: Plan, prompts: Sequence[str] | None = None
+    ) -> None:
+        self.pipe, self.handle, self.plan, self.prompts = pipe, handle, plan, prompts
+        self.conditions: Mapping[Branch, Sequence[Known]] = {}
         self.samples: list[Sample] = []
         self.started = time.monotonic()
         self.settled = ""
@@ -154,8 +162,28 @@ class Job:
         count = min(self.previews, len(inner)) if isinstance(plan, ImagePlan) else 0
         self.preview_steps = tuple(inner[(2 * i + 1) * len(inner) // (2 * count)] for i in range(count))
 
-    def start(self, conditions: Mapping[Branch, Known]) -> None:
-        """Begin all samples."""
+    @property
+    def first(self) -> bool:
+        """Whether it only prepares the request's own task: rewriting the prompt of a picture."""
+        request = self.handle.request
+        return isinstance(request, TaskRequest) and request.task != self.plan.task.name
+
+    def emit(self, event: Event) -> None:
+        """Tell the request's reader; not of what is only preparation, whose steps aren't its task's."""
+        if not self.first:
+            self.handle.emit(event)
+
+    def texts(self) -> list[tuple[Branch, str | None]]:
+        """Condition texts by branch, several of one branch where samples have their own."""
+        own = self.prompts
+        return [
+            (branch, each)
+            for branch, text in self.plan.branches.items()
+            for each in (own if own is not None and branch in WITH_PROMPT else [text])
+        ]
+
+    def start(self, conditions: Mapping[Branch, Sequence[Known]]) -> None:
+        """Begin all samples, given the conditions of :meth:`texts`."""
         self.conditions = conditions
         self.samples = [Sample(self, index) for index in range(len(self.plan.seeds))]
 
@@ -190,6 +218,7 @@ class Job:
             model=self.pipe.name,
             settings=dict(plan.settings),
             scores=None if self.ranking is None else [float(self.ranking.scores[index]) for index in order],
+            revised_prompts=None if self.prompts is None else [self.prompts[index] for index in order],
         )
 
 

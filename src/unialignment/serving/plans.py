@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unialignment import sampling
 from unialignment.diffusion import Guidance, MaskedPath, TextDecoding, sigma_schedule
-from unialignment.diffusion.guidance import Branch
+from unialignment.diffusion.guidance import WITH_PROMPT, Branch
 from unialignment.diffusion.solvers import SOLVERS
 from unialignment.errors import InputError
 from unialignment.images import fit_image, load_image
@@ -69,6 +69,7 @@ class ImagePlan(Plan):
         keep: How many of the samples are kept.
         compared: Text with which drawn pictures are compared; the most similar are kept, best first. ``None``: all are.
         content: Box of the drawn picture that is the result, where padding is cut off again.
+        rewriting: What is written first: the prompt in the model's words, once for each seed. ``None``: nothing.
     """
 
     shape: tuple[int, int, int]
@@ -77,6 +78,7 @@ class ImagePlan(Plan):
     keep: int
     compared: str | None
     content: tuple[int, int, int, int] | None
+    rewriting: TextPlan | None
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ def _image_plan(
     width, height = sampling.picture_size(pipe, options["width"], options["height"])
     sources = sampling.Sources(pipe, [request], width, height, options)
     factor = pipe.autoencoder.spatial_factor
+    seeds = tuple(expand_seeds(options["seed"], 1, drawn)[0])
     settings = {"width": width, "height": height, **sampling.plain_settings(options, sampling.IMAGE_SETTINGS)}
     return ImagePlan(
         task=task,
@@ -182,7 +185,7 @@ def _image_plan(
         branches=_branches(guidance, request, texts=True),
         pictures=sources.pictures[0],
         guidance=guidance,
-        seeds=tuple(expand_seeds(options["seed"], 1, drawn)[0]),
+        seeds=seeds,
         settings={**sampling.kind_setting(kind), **settings},
         bytes=0,
         shape=(pipe.transformer.config.in_channels, height // factor, width // factor),
@@ -191,7 +194,18 @@ def _image_plan(
         keep=keep,
         compared=compared,
         content=sources.content(0) if task.size_from_source else None,
+        rewriting=_rewriting(pipe, request, seeds, limits) if options["rewrite"] and request.text else None,
     )
+
+
+def _rewriting(
+    pipe: UniAlignmentPipeline, request: Request, seeds: tuple[int, ...], limits: EngineSettings
+) -> TextPlan:
+    task = pipe.tasks.get("rewrite")
+    options = merge_options(task, pipe.sampling.get(task.name, {}), {})
+    asked = Request(request.text, task.condition_text(request.text), "", None, ())
+    plan = replace(_text_plan(pipe, task, asked, "", options, limits), seeds=seeds)
+    return replace(plan, bytes=_estimate(pipe, plan))
 
 
 def _text_plan(
@@ -202,7 +216,7 @@ def _text_plan(
     options: Mapping[str, Any],
     limits: EngineSettings,
 ) -> TextPlan:
-    guidance = Guidance(options["guidance_scale"], options["image_guidance_scale"])
+    guidance = Guidance(options["guidance_scale"], options["image_guidance_scale"], reads=True)
     length = options["max_length"] or task.target_length
     if length > pipe.text_limit:
         raise InputError(f"max_length must be at most {pipe.text_limit} tokens for this model, got {length}")
@@ -247,7 +261,7 @@ def _text_plan(
 
 def _branches(guidance: Guidance, request: Request, texts: bool) -> dict[Branch, str | None]:
     return {
-        branch: (request.text if branch == "full" else request.negative) if texts else None
+        branch: (request.text if branch in WITH_PROMPT else request.negative) if texts else None
         for branch in guidance.branches(bool(request.sources))
     }
 
@@ -288,7 +302,11 @@ def _estimate(pipe: UniAlignmentPipeline, plan: Plan) -> int:
         target, pixels = len(plan.canvas), 0
         heads = target * config.vocab_size * 4 * 3
     # Twice: each condition's own, and its copy in the joined batch.
-    caches = 2 * 2 * config.num_layers * dim * condition * size * len(plan.branches)
+    rewritten = isinstance(plan, ImagePlan) and plan.rewriting is not None
+    # Each picture has its own condition text where prompts are rewritten.
+    branches = len(plan.branches) + (len(plan.seeds) - 1 if rewritten else 0)
+    caches = 2 * 2 * config.num_layers * dim * condition * size * branches
     width = dim * (8 + 2 * config.mlp_ratio) * size
-    passes = plan.rows * (target * width + heads) + len(plan.branches) * condition * width
-    return int(caches + passes + pixels * 4 * 128 + sum(one.width * one.height * 16 for one in plan.pictures))
+    passes = plan.rows * (target * width + heads) + branches * condition * width
+    written = plan.rewriting.bytes if isinstance(plan, ImagePlan) and plan.rewriting is not None else 0
+    return written + int(caches + passes + pixels * 4 * 128 + sum(one.width * one.height * 16 for one in plan.pictures))

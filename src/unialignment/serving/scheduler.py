@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from PIL import Image
 
+from unialignment.diffusion.guidance import WITH_PICTURES, Branch
 from unialignment.reranking import Reranker
-from unialignment.serving.batches import Batcher
+from unialignment.serving.batches import Batcher, Known
 from unialignment.serving.jobs import EmbedJob, Job, Sample
 from unialignment.serving.plans import ImagePlan
 from unialignment.serving.requests import Preview
@@ -105,13 +106,17 @@ class Scheduler:
             texts, images, owners = [], [], []
             for job in chosen:
                 own = tuple(latents[id(picture)] for picture in job.plan.pictures)
-                for branch, text in job.plan.branches.items():
+                for branch, text in job.texts():
                     texts.append(text)
-                    images.append(() if branch == "nothing" else own)
+                    images.append(own if branch in WITH_PICTURES else ())
                     owners.append((job, branch))
             known = self.batcher.encode(texts, images)
             for job in chosen:
-                job.start({branch: one for (owner, branch), one in zip(owners, known, strict=True) if owner is job})
+                found: dict[Branch, list[Known]] = defaultdict(list)
+                for (owner, branch), one in zip(owners, known, strict=True):
+                    if owner is job:
+                        found[branch].append(one)
+                job.start(found)
 
         self._each(jobs, work, lambda job: job)
 

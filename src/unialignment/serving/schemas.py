@@ -58,6 +58,9 @@ class DrawingOptions(Sampling):
     guidance_interval: tuple[float, float] | None = Field(None, description="Noise levels 0–1 with guidance.")
     solver: Solver | None = None
     shift: float | None = Field(None, gt=0)
+    rewrite: bool | None = Field(
+        None, description="Have the model word the prompt first, see revised_prompt; the model's default unless given."
+    )
     best_of: int | None = Field(None, ge=1, description="Draw so many and keep the n most similar to the prompt.")
     best_of_text: str | None = Field(None, description="What best_of compares pictures with, instead of the prompt.")
     background: Literal["auto", "opaque", "transparent"] | None = None
@@ -148,11 +151,16 @@ class StreamOptions(Strict):
 
 
 class ChatBody(Sampling):
-    """``POST /v1/chat/completions``: one picture and a question, an instruction to describe it, or a text with gaps."""
+    """``POST /v1/chat/completions``: one picture and a question, an instruction to describe it, or a text with gaps.
+
+    With ``task="rewrite"`` a prompt alone, to be said as the model's own captions are.
+    """
 
     model: str | None = Field(None, max_length=200)
     messages: list[Message] = Field(min_length=1, max_length=100)
-    task: Literal["caption", "answer", "infill"] | None = Field(None, description="From the text unless given.")
+    task: Literal["caption", "answer", "infill", "rewrite"] | None = Field(
+        None, description="From the text unless given."
+    )
     n: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: StreamOptions | None = None

@@ -1,4 +1,4 @@
-"""The eight tasks of DESIGN section 1, one declaration each. Data, not code."""
+"""The eight tasks of DESIGN section 1, and ``rewrite``, one declaration each. Data, not code."""
 
 from __future__ import annotations
 
@@ -110,5 +110,15 @@ INFILL = TASKS.register(
         gaps=True,
         target_length=40,
         sampling=_READ,
+    )
+)
+REWRITE = TASKS.register(
+    Task(
+        "rewrite",
+        "say a prompt as the model's own captions do, with what it leaves open decided",
+        "text",
+        target_length=40,
+        # Sampled, so that what is open (places, mostly) is decided otherwise by another seed.
+        sampling=MappingProxyType({**_READ, "temperature": 1.0}),
     )
 )

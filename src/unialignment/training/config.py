@@ -125,6 +125,11 @@ class TrainedWorldSection(WorldSection):
         description="Of classes that the split withholds a drawing of, styles aren't learned: read aloud, they would "
         "teach that no other exists.",
     )
+    relit: Fraction = Field(
+        0.0,
+        description="Share of what is read (with world.jitter) whose drawings get another hand's ways: light from one "
+        "side, an outline, more or less detail. Styles aren't learned from these.",
+    )
     recolored: Fraction = Field(
         0.0,
         description="Share of edits and compositions in which objects that stay are mirrored and recoloured alike in "
@@ -394,6 +399,10 @@ class TransformerConfig(Section):
         default_factory=dict, description="Loss weight by task; 1 where absent."
     )
     prompt_dropout: Fraction = Field(0.1, description="Share of image targets trained without prompt, for guidance.")
+    source_dropout: Fraction = Field(
+        0.0,
+        description="Share of text targets trained without pictures: what texts are likely anyway, to guide away from.",
+    )
     micro_batches: int = Field(
         1, ge=1, description="Micro-batches per optimizer step, of all processes together; gradients are averaged."
     )

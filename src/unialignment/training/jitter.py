@@ -33,6 +33,9 @@ SPRITE_TURN, SPRITE_STRETCH, SPRITE_TONE = 25.0, 0.2, 0.3
 SPRITE_BEND = 0.12
 """Of a drawing's side, by which each corner of a net of :data:`NET` by :data:`NET` meshes is moved."""
 NET = 3
+LIGHT, RIM, SHARPEN = 0.35, 0.8, 150
+"""Of another hand's ways: a light from one side (of the brightness), an outline (of the way to black or white), and
+sharpening (per cent)."""
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -89,6 +92,47 @@ def vary_sprite(
     color = grey + (color - grey) * saturation
     middle = alpha * (color.sum() / max(float(alpha.sum()), 1.0))
     return (middle + (color - middle) * contrast) * brightness, alpha
+
+
+def relight_sprite(
+    color: np.ndarray, alpha: np.ndarray, strength: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """One drawing with what tells hands apart changed at random: light from one side, an outline, fineness of detail.
+
+    For classes to be recognised whatever the style; not for pictures that styles are learned from.
+
+    Args:
+        color: Premultiplied colour, ``[S, S, 3]``.
+        alpha: ``[S, S, 3]``.
+        strength: Share of this module's limits.
+        rng: Source of all choices.
+
+    Returns:
+        Colour and alpha.
+    """
+    light, outline, detail = rng.random(3) < 0.5
+    if detail:
+        picture = _picture(color, alpha)
+        fine = rng.random() < 0.5
+        mode = picture.mode
+        bands = Image.merge("RGB", picture.split()[:3])
+        bands = bands.filter(
+            ImageFilter.UnsharpMask(1, int(SHARPEN * strength * rng.random())) if fine else ImageFilter.MedianFilter(3)
+        )
+        changed = np.minimum(np.asarray(bands, dtype=np.float32), 255 * alpha)
+        color = changed if mode == "RGBa" else color
+    if light:
+        angle = rng.uniform(-math.pi, math.pi)
+        across, down = np.meshgrid(np.linspace(-1, 1, color.shape[1]), np.linspace(-1, 1, color.shape[0]))
+        ramp = across * math.cos(angle) + down * math.sin(angle)
+        color = color * (1 + LIGHT * strength * rng.random() * ramp[..., None]).astype(np.float32)
+    if outline:
+        solid = Image.fromarray(np.rint(255 * alpha[..., 0]).astype(np.uint8))
+        inside = np.asarray(solid.filter(ImageFilter.MinFilter(3)), dtype=np.float32)[..., None] / 255
+        share = (alpha - inside).clip(0) * (RIM * strength * rng.random())
+        line = 255.0 * (rng.random() < 0.2)
+        color = color * (1 - share) + line * alpha * share
+    return color, alpha
 
 
 def recolor_sprite(

@@ -120,6 +120,8 @@ def open_data(
             changed.others_copied,
             changed.recolored,
             changed.open_styles,
+            changed.relit,
+            open_stream(config, config.world.split, seed, own_styles=True) if split == "train" else None,
         )
         if not data.sources or any(source.format == "world" for source in data.sources)
         else None
@@ -243,9 +245,10 @@ class StepProducer:
     def __call__(self, index: int) -> Micro:
         samples: list[Sample] = []
         replaced: dict[str, int] = {}
+        blind = self._blind(index)
         for task, slot in self.slots():
             sample, tries = self.sample(task, self.number(task, index, slot))
-            samples.append(sample)
+            samples.append(sample if not blind[len(samples)] else replace(sample, sources=(), pair_id=None))
             for reason, count in tries.items():
                 replaced[reason] = replaced.get(reason, 0) + count
         batches = collate(
@@ -272,6 +275,12 @@ class StepProducer:
         for row, value in enumerate(rows):
             embeds[row, : len(value)] = value
         return replace(batch, prompt_embeds=embeds)
+
+    def _blind(self, index: int) -> list[bool]:
+        """Which samples of a micro-batch are read without their pictures (``source_dropout``)."""
+        share = self.config.source_dropout
+        rng = np.random.default_rng((self.config.run.seed, 0x5D, index))
+        return [share > 0 and TASKS.get(task).target == "text" and rng.random() < share for task, _ in self.slots()]
 
     def slots(self) -> list[tuple[str, int]]:
         """Task and place of every sample of a micro-batch."""

@@ -17,13 +17,14 @@ from unialignment.data.sample import Sample
 from unialignment.errors import InputError
 from unialignment.tasks import TASKS
 from unialignment.training.config import TransformerConfig
-from unialignment.training.jitter import jitter, recolor_sprite, vary_sprite
+from unialignment.training.jitter import jitter, recolor_sprite, relight_sprite, vary_sprite
 from unialignment.world import language as lang
 from unialignment.world.splits import is_held_out_style
 
 _JITTER = 0x6A6974
 _OTHERS = 0x6F746872
 _RECOLOR = 0x7265636F
+_RELIT = 0x72656C69
 _ANOTHER = 1 << 6
 """Added to the attempt of a sample that teaches nothing; more than the attempts there are."""
 _COPIED = ("edit", "compose", "perceive")
@@ -34,11 +35,18 @@ _OTHER_PAIRS = 1 << 60
 """Offset of the pair ids of scenes of any classes: what ``generate`` shows at their index is another scene."""
 
 
-def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], seed: int, others: bool = False) -> Any:
+def open_stream(
+    config: TransformerConfig,
+    split: Literal["train", "held_out"],
+    seed: int,
+    others: bool = False,
+    own_styles: bool = False,
+) -> Any:
     """The world's sample stream of a configuration.
 
     ``world.styles`` and ``world.questions`` hold for the split that is trained on; what validation measures stays the
-    preset's. ``others``: with objects of all classes of the sprite pack (``world.others``).
+    preset's. ``others``: with objects of all classes of the sprite pack (``world.others``). ``own_styles``: with the
+    preset's styles in any case.
 
     Raises:
         InputError: a style that the sprite pack doesn't have, or an unknown kind of question.
@@ -53,7 +61,7 @@ def open_stream(config: TransformerConfig, split: Literal["train", "held_out"], 
     chosen = preset(world.preset, pack)
     if others:
         chosen = replace(chosen, names=pack.names)
-    if world.styles and split == world.split:
+    if world.styles and split == world.split and not own_styles:
         unknown = sorted(set(world.styles) - set(pack.styles))
         if unknown:
             raise InputError(
@@ -75,6 +83,9 @@ class WorldSamples:
     from ``others``, a stream of more classes: the more drawings, the less it helps to learn each by heart. Of tasks
     that copy their sources, ``copied`` is that share, and ``recolored`` the share in which drawings that stay are
     changed, in sources and target alike. ``open_styles``: styles aren't learned where the split withholds one.
+    ``relit`` is the share of pictures to read whose drawings get another hand's ways, where no style is learned.
+    ``texts`` is the stream of tasks without pictures, in the styles that pictures are to be drawn in; by default the
+    same stream.
     """
 
     def __init__(
@@ -88,10 +99,13 @@ class WorldSamples:
         copied: float = 0.0,
         recolored: float = 0.0,
         open_styles: bool = False,
+        relit: float = 0.0,
+        texts: Any = None,
     ) -> None:
         self.stream, self.pool, self.strength = stream, pool, strength
         self.others, self.share, self.copied, self.recolored = others, share, copied, recolored
-        self.open_styles = open_styles
+        self.open_styles, self.relit = open_styles, relit
+        self.texts = stream if texts is None else texts
         # One stride for all tasks: those that show the same scene at the same index meet in one micro-batch,
         # which is where the contrastive loss finds its pairs.
         self.chunks = dict.fromkeys(counts, max(counts.values(), default=1))
@@ -103,13 +117,15 @@ class WorldSamples:
         """The sample of a task at a number; ``attempt`` above 0 gives a substitute."""
         place = (number % self.pool if self.pool else number) + attempt * _ELSEWHERE
         read = TASKS.get(task).target == "text"
-        jittered = bool(self.strength) and read
+        seen = TASKS.get(task).max_sources > 0
+        jittered = bool(self.strength) and read and seen
         recolored = self._chosen(_RECOLOR, place, self.recolored if task in ("edit", "compose") else 0.0)
         # The same for all tasks at a place, as these may show one scene.
-        other = self._chosen(_OTHERS, place, self.share if read else self.copied if task in _COPIED else 0.0)
-        stream = self.others if other else self.stream
+        beyond = self.copied if task in _COPIED else self.share if read and seen else 0.0
+        other = self._chosen(_OTHERS, place, beyond)
+        stream = self.others if other else self.stream if seen or not read else self.texts
         sample: Sample = stream.sample(task, place, pictures and not (jittered or recolored))
-        if read and self.open_styles:
+        if read and seen and self.open_styles:
             spans = _withheld_styles(sample, stream.preset)
             if spans == ((0, len(sample.target_text or "")),):  # a question that asks for nothing else
                 return self.sample(task, number, attempt + _ANOTHER, pictures)
@@ -122,8 +138,13 @@ class WorldSamples:
         if jittered:
             # A picture of its own for every number, hence nothing that could be kept for it would be used again.
             rng = np.random.default_rng([_JITTER, place, number])
+            relit = self._chosen(_RELIT, place + number, self.relit)
+            styles = _styles(sample, stream.preset) if relit else None
+            if styles is not None:
+                sample = replace(sample, given=styles)
             if pictures:
-                sample = replace(sample, sources=(self._read(sample.meta["scene"], rng),))
+                drawn = self._read(sample.meta["scene"], rng, styles is not None)
+                sample = replace(sample, sources=(drawn,))
             keys = tuple(f"{key}:jitter:{self.strength}:{number}" for key in keys)
         if recolored:
             if pictures:
@@ -135,12 +156,15 @@ class WorldSamples:
     def _chosen(salt: int, place: int, share: float) -> bool:
         return bool(share) and bool(np.random.default_rng([salt, place]).random() < share)
 
-    def _read(self, scene: Any, rng: np.random.Generator) -> Any:
+    def _read(self, scene: Any, rng: np.random.Generator, relit: bool = False) -> Any:
         """A picture of a scene to read: no drawing in it, nor the whole, is quite as ever before."""
-        drawn = self.stream.renderer.render(
-            scene, lambda item, color, alpha: vary_sprite(color, alpha, self.strength, rng)
-        )
-        return jitter(drawn, self.strength, rng)
+
+        def change(item: Any, color: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            if relit:
+                color, alpha = relight_sprite(color, alpha, 1.0, rng)
+            return vary_sprite(color, alpha, self.strength, rng)
+
+        return jitter(self.stream.renderer.render(scene, change), self.strength, rng)
 
     def _recolored(self, sample: Sample, place: int) -> Sample:
         """Its pictures, with drawings of the sources that the target has too changed in all of them alike.
@@ -167,6 +191,17 @@ class WorldSamples:
         """:meth:`sample` without drawing its pictures, and a key of each of them."""
         sample = self.sample(task, number, attempt, False)
         return sample, sample.meta["pictures"]
+
+
+def _styles(sample: Sample, preset: Any) -> tuple[tuple[int, int], ...] | None:
+    """Where a caption says styles, so that they can be given; ``None`` where a text can't do without learning them."""
+    adjectives = "|".join(lang.style_adjective(style) for style in sorted(set(preset.styles)))
+    if sample.task == "answer":
+        texts = f"{sample.prompt} {sample.target_text}"
+        return None if sample.kind == "style" or re.search(rf"\b({adjectives})\b", texts) else ()
+    if sample.task != "caption":
+        return None
+    return tuple(found.span() for found in re.finditer(rf"\b({adjectives})\b", sample.target_text or ""))
 
 
 def _withheld_styles(sample: Sample, preset: Any) -> tuple[tuple[int, int], ...]:

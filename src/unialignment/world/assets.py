@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,30 @@ EXTRA_STYLES: dict[str, NpmPackage] = {
         sha256="2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
         license="Apache-2.0",
         credit="Noto Emoji (v1) by Google",
+        lender="openmoji",
+    ),
+    "emojione-v1": NpmPackage(
+        name="@iconify-json/emojione-v1",
+        version="1.2.3",
+        sha256="6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3",
+        license="CC-BY-SA-4.0",
+        credit="Emoji One (v1) by Emoji One",
+        lender="openmoji",
+    ),
+    "fxemoji": NpmPackage(
+        name="@iconify-json/fxemoji",
+        version="1.2.2",
+        sha256="f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
+        license="Apache-2.0",
+        credit="Firefox OS Emoji by Mozilla",
+        lender="openmoji",
+    ),
+    "streamline": NpmPackage(
+        name="@iconify-json/streamline-emojis",
+        version="1.2.4",
+        sha256="5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc",
+        license="CC-BY-4.0",
+        credit="Streamline Emojis by Streamline",
         lender="openmoji",
     ),
 }
@@ -259,13 +283,19 @@ def _npm_drawings(archives: Path | None, extra: bool) -> tuple[Drawings, dict[st
 
 
 def _icon_svg(icons: Mapping[str, Any], icon: str) -> str | None:
-    if icon not in icons["icons"]:
-        icon = icons.get("aliases", {}).get(icon, {}).get("parent", "")
-    entry = icons["icons"].get(icon)
-    if entry is None:
+    drawn, aliases = icons["icons"], icons.get("aliases", {})
+    spelled = next((name for name in _spellings(icon) if name in drawn or name in aliases), None)
+    if spelled is None:
         return None
+    entry = drawn[spelled if spelled in drawn else aliases[spelled]["parent"]]
     width, height = (entry.get(side, icons.get(side, 16)) for side in ("width", "height"))
     return svg_document(entry["body"], entry.get("left", 0), entry.get("top", 0), width, height)
+
+
+def _spellings(icon: str) -> Iterator[str]:
+    """Names that packages give one icon: ``red-apple`` is ``redapple`` in one, ``cactus`` the first of three."""
+    bare = icon.removesuffix("-face")
+    yield from (icon, f"{icon}-1", icon.replace("-", ""), bare, f"{bare}-1", f"{icon}-face")
 
 
 def _npm_pack(package: NpmPackage, folder: Path) -> None:

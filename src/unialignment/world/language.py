@@ -27,6 +27,9 @@ STYLE_ADJECTIVES: dict[str, str] = {
     "fluent3d": "glossy",
     "emojione": "classic",
     "noto-v1": "soft",
+    "emojione-v1": "retro",
+    "fxemoji": "smooth",
+    "streamline": "cartoon",
 }
 """Style id to the one adjective that names it in every text."""
 

@@ -24,10 +24,14 @@ from unialignment.world.splits import is_held_out_style
 from unialignment.world.sprites import SpritePack
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
-TASKS = ("generate", "caption", "answer", "edit", "perceive", "control", "compose", "infill")
+TASKS = ("generate", "caption", "answer", "edit", "perceive", "control", "compose", "infill", "rewrite")
 
 # Tasks of one group show the same scene at the same index. Numbers are part of the data's identity: never renumber.
-_GROUPS = {"generate": 0, "caption": 0, "infill": 0, "answer": 1, "edit": 2, "perceive": 3, "control": 4, "compose": 5}
+_GROUPS = {"generate": 0, "caption": 0, "infill": 0, "answer": 1, "edit": 2, "perceive": 3, "control": 4, "compose": 5,
+           "rewrite": 6}  # fmt: skip
+
+_PLAIN_PROMPTS, _LONG_PROMPTS = 0.1, 0.3
+"""Shares of prompts to rewrite that are canonical already, and long; the rest are freely worded."""
 
 GAP = "[MASK]"
 """One missing word in the prompt of ``infill``."""
@@ -85,6 +89,7 @@ class WorldStream:
             "perceive": self._perceive,
             "control": self._control,
             "compose": self._compose,
+            "rewrite": self._rewrite,
         }
 
     @cached_property
@@ -100,7 +105,8 @@ class WorldStream:
         generate, control, infill: ``description`` (:class:`captions.Description`: what the prompt states);
         answer: ``question`` (:class:`questions.Question`); edit: ``source`` (scene) and ``edit`` (:class:`edits.Edit`);
         perceive, control: ``indices`` (objects in the mask); compose: ``sources`` (scenes) and ``composition``;
-        infill: ``words`` (of the full text, split at blanks) and ``gaps`` (indices of those that are hidden).
+        infill: ``words`` (of the full text, split at blanks) and ``gaps`` (indices of those that are hidden);
+        rewrite: ``description`` (of the prompt).
 
         Raises:
             InputError: unknown task or negative index.
@@ -223,6 +229,20 @@ class WorldStream:
         image = self.renderer.render(made.result) if draw else None
         meta = {"scene": made.result, "sources": made.sources, "composition": made}
         return Sample("compose", made.instruction, sources, target_image=image, kind=made.kind, meta=meta)
+
+    def _rewrite(self, rng: np.random.Generator, index: int, draw: bool) -> Sample:
+        """Any prompt, and the one text that the model gives a picture of the same scene: every place is said in it."""
+        scene = self._scene(rng)
+        number = rng.random()
+        if number < _PLAIN_PROMPTS:
+            made = captions.describe_canonical(scene)
+        elif number < 1 - _LONG_PROMPTS:
+            made = captions.describe_short(scene, rng)
+        else:
+            made = captions.describe_long(scene, rng)
+        meta = {"scene": scene, "description": made}
+        target = captions.describe_canonical(scene).text
+        return Sample("rewrite", made.text, target_text=target, kind=made.kind, meta=meta)
 
 
 class _NoMaps:

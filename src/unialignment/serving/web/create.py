@@ -108,13 +108,15 @@ def build(ctx: PageContext) -> tuple[Tab, gr.Image]:
             if update.image is not None and update.index == 0:
                 shown[result] = update.image
             if update.result is not None:
+                revised = getattr(update.result, "revised_prompts", None)
+                drawn = f", drawn as: {revised[0]}" if revised else ""
                 files = [str(path) for path in await asyncio.to_thread(ctx.save, update.result)]
                 shown |= {
                     result: files[0],
                     download: gr.update(value=files[0], interactive=True),
                     every: gr.update(value=files, visible=len(files) > 1),
                     saved: files,
-                    status: progress(1.0, f"{update.note}, seed {options['seed']}"),
+                    status: progress(1.0, f"{update.note}, seed {options['seed']}{drawn}"),
                     link[0]: link_query("create", {
                         "mode": task, "prompt": prompt, "n": count, "pictures": _numbers(ctx, paths),
                         **settings.query(options),
