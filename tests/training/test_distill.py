@@ -283,13 +283,15 @@ def test_each_task_keeps_its_own_noise_levels(pipe: Any, tmp_path: Path) -> None
 
 def test_a_student_carries_the_sampler_that_it_is_given(pipe: Any, tmp_path: Path) -> None:
     chosen = {"solver": "dpmpp", "num_inference_steps": 3}
-    both = {**chosen, "edit": {"num_inference_steps": 2}}
+    both = {**chosen, "edit": {"num_inference_steps": 2}, "rewrite": {"num_inference_steps": 5}}
     (folder,) = Distiller(pipe, batches_for(pipe), settings(Stage(4, 1), sampler=both), tmp_path).run()
     student = unialignment.load(folder)
     assert (student.sampling["edit"]["solver"], student.sampling["edit"]["num_inference_steps"]) == ("dpmpp", 2)
     assert {**student.sampling["generate"], **chosen} == student.sampling["generate"]
     assert student.sampling["generate"]["guidance_scale"] == 1.0
     assert student.generate("a dog", seed=0).settings["solver"] == "dpmpp"
+    assert student.sampling["rewrite"] == {"num_inference_steps": 5}  # what it writes has nothing of the others'
+    assert student.rewrite("a dog", seed=0).settings["num_inference_steps"] == 5
 
 
 def test_a_student_goes_on_from_an_earlier_one(pipe: Any, tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ def test_the_configuration_of_the_bundled_model_is_usable(repo_root: Path, pipe:
         ("sampler={solvr: heun}", "did you mean 'solver'"),
         ("sampler={edit: {solvr: heun}}", "did you mean 'solver'"),
         ("sampler={edit: 8}", "under edit"),
-        ("sampler={caption: {num_inference_steps: 8}}", "caption doesn't draw"),
+        ("sampler={caption: {solver: heun}}", "caption has no option 'solver'"),
         ("mixture={generate: 0, edit: 0, perceive: 0, control: 0, compose: 0}", "draws"),
     ],
 )

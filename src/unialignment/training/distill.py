@@ -149,27 +149,25 @@ class DistillSettings:
 
 
 def sampler_of(sampler: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """A task's own options of ``DistillSettings.sampler``: those of all tasks, then those under its name."""
-    return {key: value for key, value in sampler.items() if key not in TASKS.names} | dict(sampler.get(task, {}))
+    """A task's options of ``DistillSettings.sampler``: those of all that draw, if it does, and those under its name."""
+    common = {key: value for key, value in sampler.items() if key not in TASKS.names}
+    return (common if TASKS.get(task).target == "image" else {}) | dict(sampler.get(task, {}))
 
 
 def check_sampler(sampler: Mapping[str, Any]) -> None:
-    """Whether tasks that draw can be sampled like this; seen before hours of distilling rather than after.
+    """Whether tasks can be sampled like this; seen before hours of distilling rather than after.
 
     Raises:
-        InputError: an unknown option, options of a task that writes, or something else than options.
+        InputError: an unknown option, or something else than options.
     """
     for task in map(TASKS.get, TASKS.names):
         own = sampler.get(task.name, {})
         if not isinstance(own, Mapping):
             raise InputError(f"sampler: under {task.name} expected options like {{shift: 3.0}}, got {own!r}")
-        if own and task.target != "image":
-            raise InputError(f"sampler: {task.name} doesn't draw, and takes none of a student's options")
-        if task.target == "image":
-            try:
-                merge_options(task, {}, sampler_of(sampler, task.name))
-            except InputError as error:
-                raise InputError(f"sampler: {error}") from None
+        try:
+            merge_options(task, {}, sampler_of(sampler, task.name))
+        except InputError as error:
+            raise InputError(f"sampler: {error}") from None
 
 
 class Distiller:
@@ -295,6 +293,9 @@ class Distiller:
             few = {"guidance_scale": 1.0, "image_guidance_scale": 1.0, "solver": "euler"}
             few |= {"shift": self.teacher.shifts[task], "num_inference_steps": stage.steps}
             sampling[task] = {**sampling.get(task, {}), **few, **sampler_of(self.settings.sampler, task)}
+        for task in TASKS.names:
+            if TASKS.get(task).target == "text" and (own := sampler_of(self.settings.sampler, task)):
+                sampling[task] = {**sampling.get(task, {}), **own}
         student = UniAlignmentPipeline(
             copy.deepcopy(self.student).eval(),
             self.pipe.text_embedder,

@@ -57,8 +57,8 @@ class DistillConfig(Section):
     )
     sampler: dict[str, Any] = Field(
         default_factory=dict,
-        description="Sampler defaults of the students, under a task's name for that task alone. Default: as many "
-        "unguided Euler steps as they were taught.",
+        description="Sampler defaults of the students where they draw; under a task's name for that task alone. "
+        "Default: as many unguided Euler steps as they were taught.",
     )
     draws: int = Field(4, ge=1, description="Windows of a trajectory in an update, which share its conditions.")
     weighting: Literal["arrival", "velocity"] = Field(
