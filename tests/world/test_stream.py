@@ -94,7 +94,8 @@ def test_a_prompt_is_rewritten_as_the_caption_of_a_scene_that_it_describes(strea
         assert len(captions.describe_canonical(scene).places) == len(scene.objects)
     plain = sum(sample.prompt == sample.target_text for sample in samples)
     kinds = Counter(sample.kind for sample in samples)
-    assert 15 <= plain <= 50 and 60 <= kinds["long"] <= 120
+    related = sum(bool(sample.meta["description"].relations) for sample in samples)
+    assert 15 <= plain <= 50 and 25 <= kinds["long"] <= 65 and related > 100
 
 
 def test_pictures_show_the_scenes_of_meta(stream, renderer) -> None:

@@ -30,8 +30,9 @@ TASKS = ("generate", "caption", "answer", "edit", "perceive", "control", "compos
 _GROUPS = {"generate": 0, "caption": 0, "infill": 0, "answer": 1, "edit": 2, "perceive": 3, "control": 4, "compose": 5,
            "rewrite": 6}  # fmt: skip
 
-_PLAIN_PROMPTS, _LONG_PROMPTS = 0.1, 0.3
-"""Shares of prompts to rewrite that are canonical already, and long; the rest are freely worded."""
+_PLAIN_PROMPTS, _LONG_PROMPTS, _RELATED_PROMPTS = 0.1, 0.15, 0.6
+"""Shares of prompts to rewrite that are canonical already, and long; the rest are freely worded, of which the last share
+state relations where the scene has any: those leave most open."""
 
 GAP = "[MASK]"
 """One missing word in the prompt of ``infill``."""
@@ -238,6 +239,11 @@ class WorldStream:
             made = captions.describe_canonical(scene)
         elif number < 1 - _LONG_PROMPTS:
             made = captions.describe_short(scene, rng)
+            related = rng.random() < _RELATED_PROMPTS and len(scene.objects) > 1
+            for _ in range(8 if related else 0):
+                if made.relations or made.between:
+                    break
+                made = captions.describe_short(scene, rng)
         else:
             made = captions.describe_long(scene, rng)
         meta = {"scene": scene, "description": made}
