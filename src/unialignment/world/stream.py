@@ -31,8 +31,8 @@ _GROUPS = {"generate": 0, "caption": 0, "infill": 0, "answer": 1, "edit": 2, "pe
            "rewrite": 6}  # fmt: skip
 
 _PLAIN_PROMPTS, _LONG_PROMPTS, _RELATED_PROMPTS = 0.1, 0.15, 0.6
-"""Shares of prompts to rewrite that are canonical already, and long. The rest are freely worded, of which the last share
-state relations where the scene has any: those leave most open."""
+"""Shares of prompts to rewrite that are canonical already, and long. The rest are freely worded; of these, the last
+share state relations where the scene has any: those leave most open."""
 
 GAP = "[MASK]"
 """One missing word in the prompt of ``infill``."""
