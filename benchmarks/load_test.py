@@ -175,8 +175,10 @@ def cases(model: str, seeds: int) -> list[Case]:
     sources = [png(scene((200, 40, 40), (40, 80, 220))), png(scene((40, 160, 60), (240, 220, 60)))]
     urls = ["data:image/png;base64," + base64.b64encode(data).decode() for data in sources]
 
-    def chat(task: str, url: str, text: str, stream: bool = False) -> Case:
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+    def chat(task: str, url: str | None, text: str, stream: bool = False) -> Case:
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        if url is not None:
+            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
         message = {"role": "user", "content": content}
         read = read_streamed_text if stream else read_text
         fields = {"model": model, "task": task, "messages": [message], "seed": 0, "stream": stream}
@@ -202,6 +204,7 @@ def cases(model: str, seeds: int) -> list[Case]:
             chat("caption", url, "describe the picture", stream=bool(seed % 2)),
             chat("answer", url, ("what color is the background?", "what is in the picture?")[seed // 2 % 2]),
             chat("infill", url, "a large flat ___ in the center, on a ___ background"),
+            chat("rewrite", None, prompt),
             as_json("embed", "/v1/embeddings", read_vectors, model=model, input=[prompt, "a dog"]),
         ]  # fmt: skip
     return found

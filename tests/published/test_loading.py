@@ -65,6 +65,7 @@ def every_task(pipe: UniAlignmentPipeline, picture: Image.Image) -> dict[str, ob
         "caption": pipe.caption(picture, **short),
         "answer": pipe.answer(picture, "what is next to the dog", **short),
         "infill": pipe.infill(picture, "a ___ dog with ___ apple", **short),
+        "rewrite": pipe.rewrite("a dog next to a cat", seed=1, **short),
     }
     return {
         **{task: np.asarray(result.images[0]) for task, result in drawn.items()},
@@ -77,7 +78,7 @@ def every_task(pipe: UniAlignmentPipeline, picture: Image.Image) -> dict[str, ob
 
 def test_every_task_runs_is_saved_and_loaded(pipe: UniAlignmentPipeline, picture: Image.Image, tmp_path: Path) -> None:
     first = every_task(pipe, picture)
-    assert set(first) == set(pipe.tasks.names) and len(first) == 8
+    assert set(first) == set(pipe.tasks.names) and len(first) == 9
     assert first["infill"].startswith("a") and "dog with" in first["infill"]
     assert not np.array_equal(first["generate"], first["edit"])
     pipe.save_pretrained(tmp_path / "ours")
@@ -520,7 +521,7 @@ def test_hub_ids_are_checked_like_folders(hub: list[dict[str, object]], publishe
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert (hub[0]["repo_id"], hub[0]["revision"], hub[0]["token"]) == ("owner/tiny", "v1", "t")
     assert all(str(pattern).startswith("transformer/") for pattern in hub[0]["allow_patterns"])  # type: ignore[attr-defined]
-    assert len(unialignment.load("owner/tiny", device="cpu").tasks.names) == 8
+    assert len(unialignment.load("owner/tiny", device="cpu").tasks.names) == 9
     folder = tmp_path / "snapshot" / "transformer"
     _drop_tensor(folder / WEIGHTS["transformer"])
     with pytest.raises(CheckpointError, match="1 missing"):

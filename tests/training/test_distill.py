@@ -341,7 +341,7 @@ def test_the_configuration_of_the_bundled_model_is_usable(repo_root: Path, pipe:
     assert found.guidance == {"generate": 4}
     assert found.budget_seconds == 1800
     source = world_source(config, pipe.tokenizer, 200)
-    assert {task for batch in source(0, "text") for task in batch.tasks} == {"caption", "infill"}
+    assert {task for batch in source(0, "text") for task in batch.tasks} == {"caption", "infill", "rewrite"}
     assert source(3, "text")[0].target_ids.tolist() == source(3, "text")[0].target_ids.tolist()
 
 

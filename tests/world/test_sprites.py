@@ -198,7 +198,7 @@ def test_real_pack(pack: SpritePack) -> None:
     assert list(pack.names) == sorted(set(pack.names))
     assert all(len(name) <= 22 and len(name.split()) <= 3 and name.replace(" ", "").isalpha() for name in pack.names)
     if pack.manifest["route"] == "npm":
-        assert pack.styles == ("noto", "fluent", "twemoji", "openmoji")
+        assert pack.styles[:4] == ("noto", "fluent", "twemoji", "openmoji")  # extra ones come behind
     assert set(pack.licenses.values()) <= {"Apache-2.0", "MIT", "CC-BY-4.0", "CC-BY-SA-4.0"}
     assert pack.path is not None
     assert pack.path.stat().st_size < 40e6
