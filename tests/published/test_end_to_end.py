@@ -35,7 +35,7 @@ def every_task(pipe: UniAlignmentPipeline) -> dict[str, bytes | str]:
         "caption": pipe.caption(PICTURE, **short),
         "answer": pipe.answer(PICTURE, "what is next to the dog", **short),
         "infill": pipe.infill(PICTURE, "a ___ dog with ___ apple", **short),
-        "rewrite": pipe.rewrite("a dog next to a cat", seed=1, **short),
+        "rewrite": pipe.rewrite("a dog next to a cat", **short),
     }
     found = {**{k: v.images[0].tobytes() for k, v in drawn.items()}, **{k: v.texts[0] for k, v in written.items()}}
     assert set(found) == set(TASKS.names) and len(found) == 9
