@@ -83,7 +83,7 @@ COMMANDS: dict[str, Command] = {
     "rewrite": Command(
         "say a prompt as the model's own captions do, what it leaves open decided",
         "texts:rewrite",
-        'unialign rewrite "a dog left of an apple"',
+        'unialign rewrite "a dog left of an apple, on a blue background"',
         "configure_rewrite",
     ),
     "embed": Command(
